@@ -1,0 +1,65 @@
+"""RecurrentGemma, Griffin and Hawk for Hugging Face Transformers.
+
+Importing this package registers its classes with the Auto classes: `AutoModelForCausalLM.from_pretrained` and
+`pipeline` then use them for every checkpoint of model type "recurrent_gemma", instead of Transformers' own.
+"""
+
+from pathlib import Path
+
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
+
+from .cache_recurrent_gemma import RecurrentGemmaCache
+from .configuration_recurrent_gemma import PRESETS, RecurrentGemmaConfig
+from .linear_recurrence import linear_recurrence
+from .modeling_recurrent_gemma import (
+    RecurrentGemmaForCausalLM,
+    RecurrentGemmaForQuestionAnswering,
+    RecurrentGemmaForSequenceClassification,
+    RecurrentGemmaForTokenClassification,
+    RecurrentGemmaModel,
+    RecurrentGemmaPreTrainedModel,
+)
+
+__version__ = "0.1.0"
+
+
+def demo_checkpoint() -> str:
+    """Path of the small Griffin that ships with the package (trained on Shakespeare; see its README.md)."""
+    return str(Path(__file__).parent / "demo")
+
+
+def _register() -> None:
+    AutoConfig.register("recurrent_gemma", RecurrentGemmaConfig, exist_ok=True)
+    for auto_class, model_class in (
+        (AutoModel, RecurrentGemmaModel),
+        (AutoModelForCausalLM, RecurrentGemmaForCausalLM),
+        (AutoModelForSequenceClassification, RecurrentGemmaForSequenceClassification),
+        (AutoModelForTokenClassification, RecurrentGemmaForTokenClassification),
+        (AutoModelForQuestionAnswering, RecurrentGemmaForQuestionAnswering),
+    ):
+        auto_class.register(RecurrentGemmaConfig, model_class, exist_ok=True)
+
+
+_register()
+
+__all__ = [
+    "PRESETS",
+    "RecurrentGemmaCache",
+    "RecurrentGemmaConfig",
+    "RecurrentGemmaForCausalLM",
+    "RecurrentGemmaForQuestionAnswering",
+    "RecurrentGemmaForSequenceClassification",
+    "RecurrentGemmaForTokenClassification",
+    "RecurrentGemmaModel",
+    "RecurrentGemmaPreTrainedModel",
+    "__version__",
+    "demo_checkpoint",
+    "linear_recurrence",
+]

@@ -1,0 +1,605 @@
+"""RecurrentGemmaCache: the only place where the state of a sequence lives.
+
+Shapes: B batch, T tokens of this forward, D lru_width, G key/value heads, h head_dim, K conv1d_width,
+W attention_window_size, S = W + 1 slots of the key/value ring.
+
+The size is constant from the first token on and the tensors keep their addresses, so the same object serves as a
+dynamic and as a static cache. Each row of a batch counts its own tokens: padding is never stored, wherever it stands.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionCacheLayerMixin
+
+from .configuration_recurrent_gemma import RecurrentGemmaConfig
+
+FORMAT = "recurrent_gemma_cache_v1"
+
+
+def _mark_static(*tensors: torch.Tensor) -> None:
+    """Tells torch.compile that these addresses never change; CUDA graphs then write to them in place."""
+    if not torch.compiler.is_compiling():
+        for tensor in tensors:
+            torch._dynamo.mark_static_address(tensor)
+
+
+class _Progress:
+    """How far each row has come; shared by all layers of one cache and advanced once per forward."""
+
+    def __init__(self) -> None:
+        self.columns = 0  # columns of input seen so far, padding included
+        self.lengths: torch.Tensor | None = None  # (B,) int64: tokens seen so far per row, padding excluded
+        self.step_columns = 0  # T of the forward in progress
+        self.step_lengths: torch.Tensor | None = None  # (B,) tokens of this forward per row; None: all T are tokens
+        self.recorded = 0  # columns that crop() can take back
+        self.recorded_mask: torch.Tensor | None = None  # (B, recorded) bool; None: no padding among them
+
+    @property
+    def past_lengths(self) -> torch.Tensor:
+        """(B,) tokens per row before the forward in progress."""
+        new = self.step_columns if self.step_lengths is None else self.step_lengths
+        return self.lengths - new
+
+    def slot_ranks(self, slots: int) -> torch.Tensor:
+        """(B, slots) int64: which token of its row (counted from 0) a slot of a ring holds; negative if empty."""
+        last_B1 = self.lengths[:, None] - 1
+        return last_B1 - (last_B1 - torch.arange(slots, device=last_B1.device)).remainder(slots)
+
+
+class _Tape:
+    """The last `limit` entries along one dimension, per row and without padding, right-aligned."""
+
+    def __init__(self, start: torch.Tensor, dim: int, limit: int) -> None:
+        self.tensor, self.dim, self.limit = start, dim, limit
+
+    def _take(self, tensor: torch.Tensor, index_BL: torch.Tensor) -> torch.Tensor:
+        shape = [1] * tensor.ndim
+        shape[0], shape[self.dim] = index_BL.shape
+        size = list(tensor.shape)
+        size[self.dim] = index_BL.shape[1]
+        return tensor.gather(self.dim, index_BL.to(tensor.device).view(shape).expand(size))
+
+    def append(self, chunk: torch.Tensor, new_lengths: torch.Tensor | None) -> None:
+        joined = torch.cat([self.tensor, chunk.detach().to(self.tensor.dtype)], dim=self.dim)
+        size = min(joined.shape[self.dim], self.limit)
+        if new_lengths is None:
+            # A clone, or the tape would keep a whole prompt alive through its view.
+            self.tensor = joined.narrow(self.dim, joined.shape[self.dim] - size, size).clone()
+            return
+        end_B1 = self.tensor.shape[self.dim] + new_lengths[:, None]
+        index = end_B1 - size + torch.arange(size, device=end_B1.device)
+        self.tensor = self._take(joined, index.clamp(min=0))
+
+    def before(self, removed_B: torch.Tensor, size: int) -> torch.Tensor:
+        """The `size` entries that precede the last `removed_B` ones of each row (clamped at the start)."""
+        end_B1 = self.tensor.shape[self.dim] - removed_B[:, None]
+        index = end_B1 - size + torch.arange(size, device=end_B1.device)
+        return self._take(self.tensor, index.clamp(min=0))
+
+
+class _LayerMixin:
+    """What both kinds of layers have in common: named tensors with a batch dimension in front, and a tape."""
+
+    progress: _Progress
+    max_rollback: int
+    record_past: bool
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        raise NotImplementedError
+
+    def set_tensor(self, name: str, value: torch.Tensor) -> None:
+        raise NotImplementedError
+
+    def tapes(self) -> list[_Tape]:
+        raise NotImplementedError
+
+    def select_rows(self, rows: torch.Tensor) -> None:
+        """Keeps rows `rows` (B',) of the batch; in place, so addresses stay, where the batch size stays."""
+        for name, tensor in self.tensors().items():
+            chosen = tensor.index_select(0, rows.to(tensor.device))
+            if chosen.shape == tensor.shape:
+                tensor.copy_(chosen)
+            else:
+                _mark_static(chosen)
+                self.set_tensor(name, chosen)
+        for tape in self.tapes():
+            tape.tensor = tape.tensor.index_select(0, rows.to(tape.tensor.device))
+
+    reorder_cache = select_rows
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self.select_rows(_row_indices(indices))
+
+    def get_max_length(self) -> int:
+        return -1  # no sequence is too long
+
+
+def _row_indices(indices: torch.Tensor) -> torch.Tensor:
+    return indices.nonzero().flatten() if indices.dtype == torch.bool else indices
+
+
+class RecurrentGemmaAttentionLayer(_LayerMixin, CacheLayerMixin):
+    """Keys and values of the last W + 1 tokens of one attention layer, as a ring: token r of a row is in slot r % S.
+
+    A new token overwrites the one that has just left the window, so decoding moves nothing.
+    """
+
+    is_compileable = True
+    is_croppable = True
+    is_sliding = True
+    supports_early_init = False
+
+    def __init__(self, window: int, progress: _Progress, max_rollback: int) -> None:
+        super().__init__()
+        self.window = window
+        self.progress = progress
+        self.max_rollback = max_rollback
+        self.record_past = False
+        self._tapes: list[_Tape] | None = None
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        def ring(like_BGTh: torch.Tensor) -> torch.Tensor:
+            B, G, _, h = like_BGTh.shape
+            return like_BGTh.new_zeros((B, G, self.window + 1, h))
+
+        self.keys, self.values = ring(key_states), ring(value_states)
+        self.dtype, self.device = key_states.dtype, key_states.device
+        _mark_static(self.keys, self.values)
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, ordered: bool = False, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Stores the keys and values of this forward, (B, G, T, h) each, and returns those to attend to.
+
+        With one token these are the S slots of the ring in place (see `RecurrentGemmaCache.slot_ranks`). With more, or with
+        `ordered=True`, they are (B, G, P + T, h) in the order of the sequence, P = min(W, columns seen before), and
+        gradients flow to the new ones. What is stored is detached: state carries no graph from forward to forward.
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        progress = self.progress
+        T = key_states.shape[2]
+        past_P = None
+        if T > 1 or ordered or (self.record_past and self._tapes is None):
+            past_P = self._past_in_order()
+        if self.record_past:
+            if self._tapes is None:
+                limit = self.window + self.max_rollback
+                self._tapes = [_Tape(past, dim=2, limit=limit) for past in past_P]
+            for tape, new in zip(self._tapes, (key_states, value_states), strict=True):
+                tape.append(new, progress.step_lengths)
+        if T == 1:
+            self._store_token(key_states, value_states)
+        else:
+            self._store_chunk(key_states, value_states)
+        if T == 1 and not ordered:
+            return self.keys, self.values
+        return torch.cat([past_P[0], key_states], dim=2), torch.cat([past_P[1], value_states], dim=2)
+
+    def _past_in_order(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, G, P, h) each: the tokens before this forward; rows with fewer than P tokens begin with garbage."""
+        size = min(self.window, self.progress.columns - self.progress.step_columns)
+        lengths = self.progress.past_lengths.to(self.keys.device)
+        ranks_BP = lengths[:, None] - size + torch.arange(size, device=lengths.device)
+        slots = ranks_BP.remainder(self.window + 1)[:, None, :, None]
+        return tuple(
+            ring.gather(2, slots.expand(-1, ring.shape[1], -1, ring.shape[3])) for ring in (self.keys, self.values)
+        )
+
+    def _store_token(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        device = self.keys.device
+        slot_B111 = self.progress.past_lengths.to(device).remainder(self.window + 1)[:, None, None, None]
+        is_token = self.progress.step_lengths
+        for ring, new in ((self.keys, key_states), (self.values, value_states)):
+            index = slot_B111.expand(-1, ring.shape[1], 1, ring.shape[3])
+            new = new.detach().to(ring.dtype)
+            if is_token is not None:
+                new = torch.where(is_token.to(device)[:, None, None, None] > 0, new, ring.gather(2, index))
+            ring.scatter_(2, index, new)
+
+    def _store_chunk(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Every slot takes the latest token that belongs to it, from this forward or from before."""
+        past_B1 = self.progress.past_lengths.to(self.keys.device)[:, None]
+        chunk_index_BS = self.progress.slot_ranks(self.window + 1).to(self.keys.device) - past_B1
+        is_new = (chunk_index_BS >= 0)[:, None, :, None]
+        index = chunk_index_BS.clamp(min=0)[:, None, :, None]
+        for ring, new in ((self.keys, key_states), (self.values, value_states)):
+            taken = new.detach().gather(2, index.expand(-1, ring.shape[1], -1, ring.shape[3]))
+            ring.copy_(torch.where(is_new, taken, ring))
+
+    def crop_rows(self, removed_B: torch.Tensor) -> None:
+        """Takes back `removed_B` tokens per row; `progress.lengths` is already the shorter one."""
+        size = min(self.window, self._tapes[0].tensor.shape[2])
+        if size:
+            ranks_BS = self.progress.slot_ranks(self.window + 1).to(self.keys.device)
+            index_BS = ranks_BS - (self.progress.lengths.to(self.keys.device)[:, None] - size)
+            for ring, tape in zip((self.keys, self.values), self._tapes, strict=True):
+                kept = tape.before(removed_B, size)
+                index = index_BS.clamp(0, size - 1)[:, None, :, None].expand(-1, ring.shape[1], -1, ring.shape[3])
+                ring.copy_(kept.gather(2, index))
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return {"keys": self.keys, "values": self.values} if self.is_initialized else {}
+
+    def set_tensor(self, name: str, value: torch.Tensor) -> None:
+        setattr(self, name, value)
+        self.dtype, self.device, self.is_initialized = value.dtype, value.device, True
+
+    def tapes(self) -> list[_Tape]:
+        return self._tapes or []
+
+    def forget_tapes(self) -> None:
+        self._tapes = None
+
+    def get_seq_length(self) -> int:
+        return self.progress.columns
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """(length, offset) of the keys that an `update` with `query_length` tokens returns."""
+        past = min(self.window, self.progress.columns)
+        return (self.window + 1 if query_length == 1 else past + query_length), self.progress.columns - past
+
+    def reset(self) -> None:
+        for tensor in self.tensors().values():
+            tensor.zero_()
+        self.forget_tapes()
+
+
+class RecurrentGemmaRecurrentLayer(_LayerMixin, LinearAttentionCacheLayerMixin):
+    """Conv state (B, D, K - 1) and RG-LRU state (B, D) in float32 of one recurrent layer."""
+
+    is_compileable = True
+    is_croppable = True
+
+    def __init__(self, conv1d_width: int, progress: _Progress, max_rollback: int) -> None:
+        super().__init__()
+        self.context = conv1d_width - 1
+        self.progress = progress
+        self.max_rollback = max_rollback
+        self.record_past = False
+        self._conv_tape: _Tape | None = None
+        self._state_tape: _Tape | None = None
+
+    def lazy_initialization(
+        self, conv_states: torch.Tensor | None = None, recurrent_states: torch.Tensor | None = None, **kwargs: Any
+    ) -> None:
+        if conv_states is not None:
+            B, D, _ = conv_states.shape
+            # Time is stored before the channels, as the model's activations are; the interface is channels first.
+            self.set_tensor("conv", conv_states.new_zeros((B, self.context, D)).transpose(1, 2))
+            _mark_static(self.conv_states[0])
+        if recurrent_states is not None:
+            self.set_tensor("recurrent", torch.zeros_like(recurrent_states))
+            _mark_static(self.recurrent_states[0])
+
+    def update_conv_state(self, conv_states: torch.Tensor, state_idx: int = 0, **kwargs: Any) -> torch.Tensor:
+        """Takes the inputs of the convolution (B, D, T), returns them with the K - 1 before them (B, D, K - 1 + T)."""
+        if not self.is_conv_states_initialized[0]:
+            self.lazy_initialization(conv_states=conv_states)
+        past = self.conv_states[0]
+        full_BTD = torch.cat([past.transpose(1, 2), conv_states.transpose(1, 2).to(past.dtype)], dim=1)
+        if self.record_past:
+            if self._conv_tape is None:
+                self._conv_tape = _Tape(past.transpose(1, 2), dim=1, limit=self.context + self.max_rollback)
+            self._conv_tape.append(conv_states.transpose(1, 2), self.progress.step_lengths)
+        new_lengths = self.progress.step_lengths
+        if new_lengths is None:
+            latest_BKD = full_BTD[:, full_BTD.shape[1] - self.context :]
+        else:
+            index = new_lengths.to(past.device)[:, None] + torch.arange(self.context, device=past.device)
+            latest_BKD = full_BTD.gather(1, index[:, :, None].expand(-1, -1, full_BTD.shape[2]))
+        past.copy_(latest_BKD.detach().transpose(1, 2))
+        self.has_previous_state[0] = True
+        return full_BTD.transpose(1, 2)
+
+    def update_recurrent_state(
+        self, recurrent_states: torch.Tensor, state_idx: int = 0, history: torch.Tensor | None = None, **kwargs: Any
+    ) -> torch.Tensor:
+        """Stores the state (B, D) after this forward; `history` (B, T, D) holds those in between while recording."""
+        if not self.is_recurrent_states_initialized[0]:
+            self.lazy_initialization(recurrent_states=recurrent_states)
+        if self.record_past:
+            if self._state_tape is None:
+                start = self.recurrent_states[0][:, None]
+                self._state_tape = _Tape(start, dim=1, limit=self.max_rollback + 1)
+            self._state_tape.append(history, self.progress.step_lengths)
+        self.recurrent_states[0].copy_(recurrent_states.detach())
+        return self.recurrent_states[0]
+
+    def crop_rows(self, removed_B: torch.Tensor) -> None:
+        self.conv_states[0].copy_(self._conv_tape.before(removed_B, self.context).transpose(1, 2))
+        self.recurrent_states[0].copy_(self._state_tape.before(removed_B, 1)[:, 0])
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        named = {"conv": self.conv_states[0], "recurrent": self.recurrent_states[0]}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    def set_tensor(self, name: str, value: torch.Tensor) -> None:
+        if name == "conv":
+            self.conv_states[0], self.is_conv_states_initialized[0] = value, True
+            self.dtype, self.conv_kernel_size[0] = value.dtype, self.context
+        else:
+            self.recurrent_states[0], self.is_recurrent_states_initialized[0] = value, True
+        self.device, self.has_previous_state[0] = value.device, True
+
+    def tapes(self) -> list[_Tape]:
+        return [tape for tape in (self._conv_tape, self._state_tape) if tape is not None]
+
+    def forget_tapes(self) -> None:
+        self._conv_tape = self._state_tape = None
+
+    def reset(self) -> None:
+        for tensor in self.tensors().values():
+            tensor.zero_()
+        self.has_previous_state[0] = False
+        self.forget_tapes()
+
+
+class RecurrentGemmaCache(Cache):
+    """The state of a batch of sequences: constant size, any number of tokens.
+
+    Args:
+        config: the config of the model that will use it.
+        static: lets `generate()` compile the decoding step, as `cache_implementation="static"` does.
+        max_rollback: how many of the latest tokens `crop` can take back while recording. Recording costs
+            4 * lru_width bytes per recurrent layer, token and row.
+
+    Recording (`activate_past_recording`) is what assisted and prompt-lookup decoding need: a forward keeps the state
+    after each of its tokens, so `crop(-n)` returns to any of them exactly, without recomputation.
+    """
+
+    def __init__(self, config: RecurrentGemmaConfig, *, static: bool = False, max_rollback: int = 512) -> None:
+        if max_rollback < 1:
+            raise ValueError(f"max_rollback={max_rollback} must be at least 1")
+        self.config = config
+        self.static = static
+        self.max_rollback = max_rollback
+        self.progress = _Progress()
+        layers = [
+            RecurrentGemmaRecurrentLayer(config.conv1d_width, self.progress, max_rollback)
+            if block == "recurrent"
+            else RecurrentGemmaAttentionLayer(config.attention_window_size, self.progress, max_rollback)
+            for block in config.layers_block_type
+        ]
+        super().__init__(layers=layers)
+        self._fingerprint = config.fingerprint()
+
+    def begin_forward(
+        self, batch_size: int, columns: int, device: torch.device, token_mask: torch.Tensor | None = None
+    ) -> None:
+        """Announces a forward of (batch_size, columns) inputs; the model calls it once, before the layers.
+
+        `token_mask` (B, T) bool is False at padding, in the order of the caller's columns; the layers get the tokens
+        of each row first and its padding last.
+        """
+        progress = self.progress
+        if progress.lengths is None:
+            progress.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
+            _mark_static(progress.lengths)
+        if batch_size != progress.lengths.shape[0]:
+            raise ValueError(
+                f"this cache holds a batch of {progress.lengths.shape[0]} sequences, the input has {batch_size}; use "
+                "a new RecurrentGemmaCache, or batch_repeat_interleave / batch_select_indices"
+            )
+        progress.step_columns = columns
+        progress.step_lengths = None
+        if token_mask is not None:
+            progress.step_lengths = token_mask.to(progress.lengths.device).sum(-1)
+        progress.columns += columns
+        progress.lengths.add_(columns if progress.step_lengths is None else progress.step_lengths)
+        if self.is_recording:
+            self._record_columns(token_mask, columns)
+
+    def _record_columns(self, token_mask: torch.Tensor | None, columns: int) -> None:
+        progress = self.progress
+        before = progress.recorded
+        progress.recorded = min(before + columns, self.max_rollback)
+        if token_mask is None and progress.recorded_mask is None:
+            return
+        B, device = progress.lengths.shape[0], progress.lengths.device
+        ones = torch.ones((B, max(before, columns)), dtype=torch.bool, device=device)
+        old = ones[:, :before] if progress.recorded_mask is None else progress.recorded_mask
+        new = ones[:, :columns] if token_mask is None else token_mask.to(device)
+        progress.recorded_mask = torch.cat([old, new], dim=1)[:, -progress.recorded :]
+
+    def check_config(self, config: RecurrentGemmaConfig) -> None:
+        """Raises ValueError unless this cache was made for a model like `config`."""
+        if config is not self.config and config.fingerprint() != self._fingerprint:
+            raise ValueError(
+                f"this cache was made for another config (fingerprint {self._fingerprint[:12]}, the model has "
+                f"{config.fingerprint()[:12]}); make one with RecurrentGemmaCache(model.config)"
+            )
+
+    # --- Sizes ---
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Columns of input seen so far, padding included; for Hawk as well."""
+        return self.progress.columns
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        for layer in self.layers:
+            if isinstance(layer, RecurrentGemmaAttentionLayer):
+                return layer.get_mask_sizes(query_length)
+        return query_length, self.progress.columns
+
+    def slot_ranks(self) -> torch.Tensor:
+        """(B, S) int64: which token of its row (counted from 0) the slots of the rings hold; negative if empty."""
+        return self.progress.slot_ranks(self.config.attention_window_size + 1)
+
+    @property
+    def batch_size(self) -> int:
+        """Rows of the batch, -1 before the first forward."""
+        return -1 if self.progress.lengths is None else self.progress.lengths.shape[0]
+
+    @property
+    def is_compileable(self) -> bool:
+        return self.static
+
+    @property
+    def is_initialized(self) -> bool:
+        return self.progress.lengths is not None
+
+    def memory_footprint(self) -> int:
+        """Bytes held right now, recorded states included."""
+        tensors = [tensor for layer in self.layers for tensor in layer.tensors().values()]
+        tensors += [tape.tensor for layer in self.layers for tape in layer.tapes()]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    # --- Rollback ---
+
+    @property
+    def is_recording(self) -> bool:
+        return any(layer.record_past for layer in self.layers)
+
+    def activate_past_recording(self) -> None:
+        """From now on the latest tokens (at most `max_rollback`) can be taken back with `crop`."""
+        for layer in self.layers:
+            layer.record_past = True
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Takes back the last `-tokens_to_remove` columns; with 0, makes everything so far final.
+
+        Raises ValueError for more than was recorded since the last `crop`.
+        """
+        count, progress = -tokens_to_remove, self.progress
+        if count < 0:
+            raise ValueError(f"crop({tokens_to_remove}): give the number of tokens to remove as a negative number")
+        if count > progress.recorded:
+            hint = "call activate_past_recording() before the forward whose tokens you want to take back"
+            if self.is_recording:
+                hint = f"only the tokens since the last crop, at most max_rollback={self.max_rollback}, are kept"
+            raise ValueError(f"crop({tokens_to_remove}): {progress.recorded} tokens are recorded; {hint}")
+        if count:
+            removed = torch.full_like(progress.lengths, count)
+            if progress.recorded_mask is not None:
+                removed = progress.recorded_mask[:, -count:].sum(-1)
+            progress.columns -= count
+            progress.lengths.sub_(removed)
+            for layer in self.layers:
+                layer.crop_rows(removed)
+        progress.recorded, progress.recorded_mask = 0, None
+        progress.step_columns, progress.step_lengths = 0, None
+        for layer in self.layers:
+            layer.forget_tapes()
+
+    # --- Rows of the batch ---
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Row i becomes what row beam_idx[i] was."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keeps the given rows (int64 indices or a bool mask over the batch)."""
+        progress = self.progress
+        if progress.lengths is None:
+            return
+        rows = _row_indices(indices).to(progress.lengths.device)
+        chosen = progress.lengths.index_select(0, rows)
+        if chosen.shape == progress.lengths.shape:
+            progress.lengths.copy_(chosen)
+        else:
+            _mark_static(chosen)
+            progress.lengths = chosen
+        if progress.recorded_mask is not None:
+            progress.recorded_mask = progress.recorded_mask.index_select(0, rows)
+        progress.step_columns, progress.step_lengths = 0, None
+        for layer in self.layers:
+            layer.select_rows(rows)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row `repeats` times, copies side by side."""
+        if self.progress.lengths is not None:
+            rows = torch.arange(self.batch_size, device=self.progress.lengths.device)
+            self.batch_select_indices(rows.repeat_interleave(repeats))
+
+    def reset(self) -> None:
+        """Empties the cache; tensors and addresses stay."""
+        progress = self.progress
+        if progress.lengths is not None:
+            progress.lengths.zero_()
+        progress.columns = progress.step_columns = progress.recorded = 0
+        progress.step_lengths = progress.recorded_mask = None
+        for layer in self.layers:
+            layer.reset()
+
+    def fork(self, repeats: int = 1) -> RecurrentGemmaCache:
+        """An independent copy, each row `repeats` times: several continuations of one prompt."""
+        copied = copy.deepcopy(self, {id(self.config): self.config})
+        if repeats != 1:
+            copied.batch_repeat_interleave(repeats)
+        return copied
+
+    # --- Persistence ---
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Writes the state as safetensors (constant size, however long the text was), atomically."""
+        if self.progress.lengths is None:
+            raise ValueError("this cache is empty; run the model over a prompt before saving it")
+        tensors = {
+            f"layers.{i}.{name}": tensor.contiguous().cpu()
+            for i, layer in enumerate(self.layers)
+            for name, tensor in layer.tensors().items()
+        }
+        tensors["lengths"] = self.progress.lengths.cpu()
+        metadata = {"format": FORMAT, "fingerprint": self._fingerprint, "columns": str(self.progress.columns)}
+        target = Path(path)
+        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=target.name, suffix=".tmp")
+        os.close(handle)
+        try:
+            save_file(tensors, temporary, metadata=metadata)
+            os.replace(temporary, target)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+
+    @classmethod
+    def load(
+        cls, path: str | os.PathLike, config: RecurrentGemmaConfig, device: torch.device | str = "cpu", **kwargs: Any
+    ) -> RecurrentGemmaCache:
+        """Reads what `save` wrote, for a model with this `config`; raises ValueError for any other file."""
+        cache = cls(config, **kwargs)
+        try:
+            with safe_open(path, framework="pt", device=str(device)) as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+        except SafetensorError as error:
+            raise ValueError(f"{path} is not a complete safetensors file ({error}); save the cache again") from error
+        if metadata.get("format") != FORMAT:
+            raise ValueError(f"{path} was not written by RecurrentGemmaCache.save (format {metadata.get('format')!r})")
+        if metadata["fingerprint"] != cache._fingerprint:
+            raise ValueError(
+                f"{path} belongs to another config (fingerprint {metadata['fingerprint'][:12]}, this model has "
+                f"{cache._fingerprint[:12]}); load it with the model that wrote it"
+            )
+        cache._restore(tensors, int(metadata["columns"]), path)
+        return cache
+
+    def _restore(self, tensors: dict[str, torch.Tensor], columns: int, path: str | os.PathLike) -> None:
+        kinds = {"recurrent": ("conv", "recurrent"), "attention": ("keys", "values")}
+        expected = {
+            f"layers.{i}.{name}" for i, kind in enumerate(self.config.layers_block_type) for name in kinds[kind]
+        }
+        if tensors.keys() != expected | {"lengths"}:
+            odd = sorted(tensors.keys() ^ (expected | {"lengths"}))
+            raise ValueError(f"{path} lacks or has too many tensors: {', '.join(odd)}")
+        self.progress.lengths, self.progress.columns = tensors.pop("lengths"), columns
+        for key, tensor in tensors.items():
+            _, i, name = key.split(".")
+            value = tensor.transpose(1, 2).contiguous().transpose(1, 2) if name == "conv" else tensor
+            self.layers[int(i)].set_tensor(name, value)
+        for layer in self.layers:
+            _mark_static(*layer.tensors().values())
+        _mark_static(self.progress.lengths)
+
+
+__all__ = ["RecurrentGemmaCache"]

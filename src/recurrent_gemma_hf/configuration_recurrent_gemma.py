@@ -1,0 +1,277 @@
+"""Configuration of RecurrentGemma, Griffin and Hawk (arXiv 2402.19427, 2404.07839)."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from typing import Any, ClassVar
+
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.generation import GenerationConfig
+
+BLOCK_TYPES = ("recurrent", "attention")
+GRIFFIN_PATTERN = ("recurrent", "recurrent", "attention")
+
+# What `recurrentgemma.common.Preset` states, in the names of the published config.json files (intermediate_size is
+# twice the width of each MLP branch).
+PRESETS: dict[str, dict[str, Any]] = {
+    "recurrentgemma-2b": {},
+    "recurrentgemma-9b": {
+        "hidden_size": 4096,
+        "intermediate_size": 2 * 3 * 4096,
+        "num_hidden_layers": 38,
+        "num_attention_heads": 16,
+        "lru_width": 4096,
+    },
+    "griffin-paper-7b": {
+        "hidden_size": 4096,
+        "intermediate_size": 2 * 3 * 4096,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "lru_width": 5632,
+        "attention_window_size": 1024,
+        "embeddings_scale_by_sqrt_dim": False,
+        "logits_soft_cap": 0.0,
+    },
+}
+PRESETS["hawk-paper-7b"] = {**PRESETS["griffin-paper-7b"], "block_types": ("recurrent",)}
+
+# Keys that config.json files and Transformers itself bring along without describing the architecture. Everything else
+# that is neither one of these nor a field is a mistake, most likely a misspelled field.
+_BOOKKEEPING_KEYS = frozenset(
+    "add_cross_attention attn_implementation auto_map cross_attention_hidden_size experts_implementation "
+    "finetuning_task is_decoder model_type name_or_path num_labels output_attentions per_layer_config prefix "
+    "pruned_heads quantization_config task_specific_params tf_legacy_loss tie_encoder_decoder tie_last_hidden_states "
+    "tokenizer_class torch_dtype torchscript use_bfloat16".split()
+)
+
+# The fields that decide the shape of a cache and the meaning of its content.
+_FINGERPRINT_FIELDS = (
+    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
+    "lru_width attention_window_size conv1d_width embeddings_scale_by_sqrt_dim rope_theta partial_rotary_factor "
+    "rms_norm_eps hidden_activation attention_bias layers_block_type"
+).split()
+
+
+class RecurrentGemmaConfig(PreTrainedConfig):
+    r"""
+    Everything that defines a RecurrentGemma, Griffin or Hawk model. The defaults are RecurrentGemma-2B.
+
+    Reads the published 2B and 9B `config.json` files as they are. Unknown keys, impossible values and contradictions
+    raise `ValueError` naming the field.
+
+    Args:
+        vocab_size (`int`): number of token ids.
+        hidden_size (`int`): width E of the residual stream.
+        intermediate_size (`int`): twice the width of each of the two MLP branches, so 6 E in the papers.
+        num_hidden_layers (`int`): number of residual blocks (temporal mixing + MLP).
+        num_attention_heads (`int`): query heads, and blocks of the block-diagonal RG-LRU gates.
+        num_key_value_heads (`int`): key and value heads; 1 (multi-query attention) in every published model.
+        head_dim (`int`, *optional*): width of a head; must be `hidden_size / num_attention_heads` (the default).
+        lru_width (`int`, *optional*): width D of the recurrence, `hidden_size` by default.
+        block_types (`tuple[str]`): pattern of "recurrent" and "attention", repeated and cut to `num_hidden_layers`.
+            `("recurrent",)` is Hawk.
+        attention_window_size (`int`): how many tokens before itself a query sees. It sees itself too, so the window
+            in Transformers' inclusive sense is one larger (`sliding_window`).
+        conv1d_width (`int`): taps of the causal depthwise convolution.
+        logits_soft_cap (`float`): c in c tanh(logits / c); 0 means no cap.
+        embeddings_scale_by_sqrt_dim (`bool`): multiply embeddings by sqrt(hidden_size) rounded to bfloat16
+            (RecurrentGemma) or not (the Griffin paper's models).
+        rope_theta (`float`): base of the rotary position embedding.
+        partial_rotary_factor (`float`): leading share of `head_dim` that is rotated.
+        rms_norm_eps (`float`): added to the mean square in RMSNorm.
+        hidden_activation (`str`): activation of both gates (MLP and recurrent block).
+        attention_dropout (`float`): dropout on attention probabilities while training.
+        attention_bias (`bool`): biases in the q, k and v projections (the output projection always has one).
+        w_init_variance_scale (`float`): variance scale of the convolution's initialisation.
+        final_w_init_variance_scale (`float`, *optional*): variance scale of the initialisation of the layers that
+            write to the residual stream, 2 / `num_hidden_layers` by default.
+        tie_word_embeddings (`bool`): share the embedding with the language model head.
+
+    Example:
+        >>> from recurrent_gemma_hf import RecurrentGemmaConfig
+        >>> RecurrentGemmaConfig.from_preset("hawk-paper-7b", num_hidden_layers=2).layers_block_type
+        ['recurrent', 'recurrent']
+    """
+
+    model_type = "recurrent_gemma"
+    # Without this, Transformers' PreTrainedConfig would look for these under their usual names only.
+    attribute_map: ClassVar[dict[str, str]] = {}
+    base_model_fsdp_plan: ClassVar[dict[Any, str]] = {
+        "embed_tokens": "free_full_weight",
+        "layers.*": "free_full_weight",
+        "final_norm": "keep_full_weight",
+    }
+
+    vocab_size: int = 256_000
+    hidden_size: int = 2560
+    intermediate_size: int = 2 * 3 * 2560
+    num_hidden_layers: int = 26
+    num_attention_heads: int = 10
+    num_key_value_heads: int = 1
+    head_dim: int | None = None
+    lru_width: int | None = None
+    block_types: list[str] | tuple[str, ...] = GRIFFIN_PATTERN
+    attention_window_size: int = 2048
+    conv1d_width: int = 4
+    logits_soft_cap: float = 30.0
+    embeddings_scale_by_sqrt_dim: bool = True
+    rope_theta: float = 10_000.0
+    partial_rotary_factor: float = 0.5
+    rms_norm_eps: float = 1e-6
+    hidden_activation: str = "gelu_pytorch_tanh"
+    attention_dropout: float = 0.0
+    attention_bias: bool = False
+    w_init_variance_scale: float = 0.01
+    final_w_init_variance_scale: float | None = None
+    use_cache: bool = True
+    pad_token_id: int | None = 0
+    eos_token_id: int | list[int] | None = 1
+    bos_token_id: int | None = 2
+    tie_word_embeddings: bool = True
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self._read_private_block_types(kwargs)
+        self._read_rope_parameters(kwargs)
+        layer_types = kwargs.pop("layer_types", None)
+        layers_block_type = kwargs.pop("layers_block_type", None)
+        self._refuse_unknown(kwargs)
+        if self.head_dim is None and self.num_attention_heads:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.lru_width is None:
+            self.lru_width = self.hidden_size
+        if self.final_w_init_variance_scale is None and self.num_hidden_layers:
+            self.final_w_init_variance_scale = 2.0 / self.num_hidden_layers
+        if isinstance(self.block_types, str) or not isinstance(self.block_types, (list, tuple)):
+            raise ValueError(f"block_types={self.block_types!r} must be a list of {BLOCK_TYPES}")
+        self.block_types = list(self.block_types)
+        self.validate_architecture()
+        for name, given in (("layer_types", layer_types), ("layers_block_type", layers_block_type)):
+            derived = [self.layer_types, self.layers_block_type]
+            if given is not None and list(given) not in derived:
+                raise ValueError(
+                    f"{name}={given!r} contradicts block_types={self.block_types!r}; set block_types alone"
+                )
+        super().__post_init__(**kwargs)
+
+    def _read_private_block_types(self, kwargs: dict[str, Any]) -> None:
+        """The published files spell the pattern `_block_types`."""
+        private = kwargs.pop("_block_types", None)
+        if private is None:
+            return
+        if list(self.block_types) not in (list(private), list(GRIFFIN_PATTERN)):
+            raise ValueError(f"_block_types={private!r} contradicts block_types={self.block_types!r}; give only one")
+        self.block_types = private
+
+    def _read_rope_parameters(self, kwargs: dict[str, Any]) -> None:
+        """Configs saved by Transformers 5 hold the rotary settings in one dict."""
+        rope = kwargs.pop("rope_parameters", None) or kwargs.pop("rope_scaling", None)
+        if rope is None:
+            return
+        known = {"rope_type": "default", "type": "default"}
+        for key, value in rope.items():
+            if key in known and value != known[key]:
+                raise ValueError(f"rope_parameters[{key!r}]={value!r}: RecurrentGemma has only the default RoPE")
+            if key in ("rope_theta", "partial_rotary_factor"):
+                setattr(self, key, value)
+            elif key not in known:
+                raise ValueError(f"rope_parameters[{key!r}]={value!r} is unknown; it may hold rope_theta and "
+                                 "partial_rotary_factor")  # fmt: skip
+
+    def _refuse_unknown(self, kwargs: dict[str, Any]) -> None:
+        generation = GenerationConfig()._get_default_generation_params()
+        unknown = sorted(
+            key for key in kwargs if key[0] != "_" and key not in _BOOKKEEPING_KEYS and key not in generation
+        )
+        if unknown:
+            raise ValueError(
+                f"RecurrentGemmaConfig has no field {', '.join(map(repr, unknown))}; its fields are "
+                f"{', '.join(sorted(field.name for field in dataclasses.fields(self)))}"
+            )
+
+    def validate_architecture(self) -> None:
+        """Raises ValueError, naming the field, where the values describe no possible model."""
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                     "num_key_value_heads", "head_dim", "lru_width", "attention_window_size", "conv1d_width"):  # fmt: skip
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}={value!r} must be a positive whole number")
+        for name in ("embeddings_scale_by_sqrt_dim", "attention_bias", "tie_word_embeddings", "use_cache"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be true or false")
+        for name, low, high in (
+            ("logits_soft_cap", 0.0, float("inf")), ("attention_dropout", 0.0, 1.0), ("partial_rotary_factor", 0.0, 1.0),
+            ("rope_theta", 1.0, float("inf")), ("rms_norm_eps", 0.0, 1.0), ("w_init_variance_scale", 0.0, float("inf")),
+            ("final_w_init_variance_scale", 0.0, float("inf")),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+                raise ValueError(f"{name}={value!r} must be a number from {low} to {high}")
+        self._validate_shapes()
+
+    def _validate_shapes(self) -> None:
+        unknown = [block for block in self.block_types if block not in BLOCK_TYPES]
+        if unknown or not self.block_types:
+            raise ValueError(f"block_types={self.block_types!r} must be a non-empty list of {BLOCK_TYPES}")
+        heads = self.num_attention_heads
+        if self.intermediate_size % 2:
+            raise ValueError(
+                f"intermediate_size={self.intermediate_size} must be even: it counts both branches of the MLP"
+            )
+        if "recurrent" in self.layers_block_type and self.lru_width % heads:
+            raise ValueError(
+                f"lru_width={self.lru_width} must be a multiple of num_attention_heads={heads}: the gates of the "
+                "RG-LRU are block-diagonal with one block per head"
+            )
+        if "attention" not in self.layers_block_type:
+            return
+        if self.head_dim * heads != self.hidden_size:
+            raise ValueError(
+                f"head_dim={self.head_dim} times num_attention_heads={heads} must be hidden_size={self.hidden_size}"
+            )
+        if heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_key_value_heads={self.num_key_value_heads} must divide num_attention_heads={heads}"
+            )
+        if self.rotary_dim % 2:
+            raise ValueError(
+                f"partial_rotary_factor={self.partial_rotary_factor} of head_dim={self.head_dim} rotates "
+                f"{self.rotary_dim} dimensions, which must be even"
+            )
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides: Any) -> RecurrentGemmaConfig:
+        """A published architecture by name (a key of `PRESETS`), with any field overridden."""
+        if name not in PRESETS:
+            raise ValueError(f"unknown preset {name!r}; there are {', '.join(PRESETS)}")
+        return cls(**{**PRESETS[name], **overrides})
+
+    @property
+    def layers_block_type(self) -> list[str]:
+        """ "recurrent" or "attention" for each layer: the pattern, repeated and cut to the number of layers."""
+        return [self.block_types[i % len(self.block_types)] for i in range(self.num_hidden_layers)]
+
+    @property
+    def layer_types(self) -> list[str]:
+        """The same in the words that Transformers' caches and vLLM read."""
+        names = {"recurrent": "linear_attention", "attention": "sliding_attention"}
+        return [names[block] for block in self.layers_block_type]
+
+    @property
+    def sliding_window(self) -> int:
+        """The attention window as Transformers counts it, the query itself included."""
+        return self.attention_window_size + 1
+
+    @property
+    def rotary_dim(self) -> int:
+        """How many leading dimensions of a head are rotated."""
+        return int(self.head_dim * self.partial_rotary_factor)
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the fields that give a cache its shape and meaning; stored in saved caches."""
+        fields = {name: getattr(self, name) for name in _FINGERPRINT_FIELDS}
+        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
+__all__ = ["BLOCK_TYPES", "PRESETS", "RecurrentGemmaConfig"]

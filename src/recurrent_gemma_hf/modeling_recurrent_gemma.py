@@ -1,0 +1,1112 @@
+"""RecurrentGemma, Griffin and Hawk: layers, model, heads; read from top to bottom.
+
+Shapes: B batch, T tokens, E hidden_size, D lru_width, H heads (of attention and of the gates), G key/value heads,
+h head_dim, K keys, W attention_window_size, V vocabulary. Equations are those of the Griffin paper (arXiv 2402.19427).
+
+Two ideas carry the file:
+- Where a token stands is its *rank* among the tokens of its row; padding has none. A padded batch is packed first, the
+  tokens of each row in front and its padding behind, where causality hides it, and unpacked last.
+- Where a document begins is its *position* 0. Attention, convolution and recurrence of a token at position p look at
+  most p tokens back, so packed documents never meet.
+State lives in the cache alone (RecurrentGemmaCache, or Transformers' DynamicCache and StaticCache).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional as F  # noqa: N812
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache
+from transformers.generation import GenerationMixin
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    QuestionAnsweringModelOutput,
+    SequenceClassifierOutputWithPast,
+    TokenClassifierOutput,
+)
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.utils import logging
+from transformers.utils.generic import can_return_tuple
+
+from .cache_recurrent_gemma import RecurrentGemmaCache
+from .configuration_recurrent_gemma import RecurrentGemmaConfig
+from .linear_recurrence import linear_recurrence
+
+logger = logging.get_logger(__name__)
+
+RG_LRU_C = 8.0  # c of equation 3: log a = -c r softplus(Lambda)
+MIN_4X_IN_SQRT_GRADIENT = 1e-6  # the official code divides the gradient of sqrt(x) by sqrt(max(4 x, this))
+QUERY_BLOCK = 512  # queries per block of banded attention; the waste is block / window
+
+
+class Step(NamedTuple):
+    """What every layer needs to know about one forward; computed once. A tuple, so accelerate can move it."""
+
+    cos_BTr: torch.Tensor  # (B or 1, T, rotary_dim / 2), dtype of the activations
+    sin_BTr: torch.Tensor
+    position_BT: torch.Tensor  # (B or 1, T) int64 position of a token in its document
+    is_token_BT: torch.Tensor | None  # bool, False at padding; None where padding cannot matter
+    has_documents: bool  # position_BT may return to 0 within the row
+    attention: AttentionMask | None  # None in a model without attention
+
+
+# --- Layers -------------------------------------------------------------------------------------------------------
+
+
+class RecurrentGemmaRMSNorm(nn.Module):
+    """x / rms(x) * (1 + weight), computed in float32 (float64 for float64)."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x_BTE: torch.Tensor) -> torch.Tensor:
+        x = x_BTE if x_BTE.dtype == torch.float64 else x_BTE.float()
+        return F.rms_norm(x, (x.shape[-1],), (1.0 + self.weight.to(x.dtype)), self.eps).to(x_BTE.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]}, eps={self.eps}"
+
+
+def _linear(inputs: int, outputs: int, *, bias: bool, variance_scale: float = 1.0) -> nn.Linear:
+    """A linear layer that remembers its official initialisation, std = sqrt(variance_scale / inputs)."""
+    layer = nn.Linear(inputs, outputs, bias=bias)
+    layer.init_std = math.sqrt(variance_scale / inputs)
+    return layer
+
+
+class RecurrentGemmaMLP(nn.Module):
+    """Gated MLP (section 2.2): down(act(gate(x)) * up(x)); config.intermediate_size counts both branches."""
+
+    def __init__(self, config: RecurrentGemmaConfig) -> None:
+        super().__init__()
+        width = config.intermediate_size // 2
+        self.gate_proj = _linear(config.hidden_size, width, bias=True)
+        self.up_proj = _linear(config.hidden_size, width, bias=True)
+        self.down_proj = _linear(
+            width, config.hidden_size, bias=True, variance_scale=config.final_w_init_variance_scale
+        )
+        self.act_fn = ACT2FN[config.hidden_activation]
+
+    def forward(self, x_BTE: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x_BTE)) * self.up_proj(x_BTE))
+
+
+# --- Local attention ----------------------------------------------------------------------------------------------
+
+
+class AttentionMask(NamedTuple):
+    """Which keys a query sees: itself and those of its document at most W before it; by rank, see the file's head."""
+
+    query_rank: torch.Tensor  # (B or 1, T) int64
+    key_rank: torch.Tensor  # (B or 1, K) int64, negative where there is no key
+    reach: torch.Tensor  # (B or 1, T) int64: how far back, min(W, position)
+    query_is_token: torch.Tensor | None  # (B, T) bool; None: padding cannot matter
+    key_is_token: torch.Tensor | None  # (B, K) bool; None: all
+    window: int
+    diagonal: int | None  # keys are in order and query t is key diagonal + t; None: they are not
+    plain: bool  # no padding, no documents and no past: every row and every block of queries looks alike
+    ordered: bool  # the cache is to return the keys in order
+    prepared: Any = None  # what the attention implementation reads instead of all this
+
+    def visible(self, queries: slice = slice(None), keys: slice = slice(None)) -> torch.Tensor:
+        """(B or 1, 1, T', K') bool for a block of queries and keys."""
+        key_rank = self.key_rank[:, None, keys]
+        distance = self.query_rank[:, queries, None] - key_rank
+        seen = (distance >= 0) & (distance <= self.reach[:, queries, None]) & (key_rank >= 0)
+        if self.key_is_token is not None:
+            seen = seen & self.key_is_token[:, None, keys]
+        if self.query_is_token is not None:
+            # Padding sees everything: nobody reads its output, and a softmax over nothing would be NaN.
+            seen = seen | ~self.query_is_token[:, queries, None]
+        return seen[:, None]
+
+
+def rotate(x_BNTh: torch.Tensor, cos_BTr: torch.Tensor, sin_BTr: torch.Tensor) -> torch.Tensor:
+    """RoPE on the first 2 r of h dimensions: pairs (i, i + r) turn by the angle of the token's position."""
+    cos, sin = cos_BTr[:, None], sin_BTr[:, None]
+    first, second, rest = x_BNTh.split([cos.shape[-1], cos.shape[-1], x_BNTh.shape[-1] - 2 * cos.shape[-1]], dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
+
+
+def eager_attention(
+    q_BHTh: torch.Tensor, k_BGKh: torch.Tensor, v_BGKh: torch.Tensor, mask: torch.Tensor | None, dropout: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Softmax attention by hand; returns the output (B, H, T, h) and the probabilities (B, H, T, K).
+
+    The heads of a group share keys, so they are folded into the queries instead of repeating the keys.
+    """
+    (B, H, T, h), (G, K) = q_BHTh.shape, k_BGKh.shape[1:3]
+    scores = torch.matmul(q_BHTh.reshape(B, G, H // G * T, h), k_BGKh.transpose(2, 3)).view(B, H, T, K) * h**-0.5
+    if mask is not None:
+        lowest = torch.finfo(scores.dtype).min
+        scores = scores.masked_fill(~mask, lowest) if mask.dtype == torch.bool else scores + mask
+    probabilities = F.softmax(scores, dim=-1, dtype=torch.float32 if scores.dtype != torch.float64 else None)
+    probabilities = F.dropout(probabilities.to(q_BHTh.dtype), dropout)
+    out = torch.matmul(probabilities.view(B, G, H // G * T, K), v_BGKh).view(B, H, T, h)
+    return out, probabilities
+
+
+def sdpa_attention(
+    q_BHTh: torch.Tensor, k_BGKh: torch.Tensor, v_BGKh: torch.Tensor, mask: torch.Tensor | None, dropout: float
+) -> tuple[torch.Tensor, None]:
+    """The same by torch's fused kernels; `mask=None` means causal."""
+    (B, H, T, h), G = q_BHTh.shape, k_BGKh.shape[1]
+    if T == 1 and (mask is None or mask.shape[1] == 1):
+        # One token: the heads of a group become the queries, and the keys are read once.
+        q = q_BHTh.reshape(B, G, H // G, h)
+        out = F.scaled_dot_product_attention(q, k_BGKh, v_BGKh, attn_mask=mask, dropout_p=dropout)
+        return out.reshape(B, H, 1, h), None
+    k, v = (
+        x[:, :, None].expand(-1, -1, H // G, -1, -1).flatten(1, 2) if G > 1 else x.expand(-1, H, -1, -1)
+        for x in (k_BGKh, v_BGKh)
+    )
+    return F.scaled_dot_product_attention(q_BHTh, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None), None
+
+
+def attend_in_blocks(
+    attend: Callable[..., tuple[torch.Tensor, torch.Tensor | None]],
+    q_BHTh: torch.Tensor,
+    k_BGKh: torch.Tensor,
+    v_BGKh: torch.Tensor,
+    mask: AttentionMask,
+    dropout: float,
+) -> torch.Tensor:
+    """Linear cost in T: each block of queries meets the keys of its band alone.
+
+    The bands are of one size, padded in front with keys that no query sees, so that `unfold` cuts them without a copy
+    and its backward is linear too.
+    """
+    T, W = q_BHTh.shape[2], mask.window
+    starts = range(0, T, QUERY_BLOCK)
+    pad = (0, 0, W - mask.diagonal, len(starts) * QUERY_BLOCK - T)
+    k_bands, v_bands = (
+        F.pad(x, pad).unfold(2, W + QUERY_BLOCK, QUERY_BLOCK).unbind(2) for x in (k_BGKh, v_BGKh)
+    )
+    outputs, inner = [], None
+    for start, k_band, v_band in zip(starts, k_bands, v_bands, strict=True):
+        size = min(QUERY_BLOCK, T - start)
+        first_key = start + mask.diagonal - W  # may lie before the first key
+        is_inner = mask.plain and first_key >= 0 and size == QUERY_BLOCK
+        if is_inner and inner is not None:
+            visible = inner
+        else:
+            keys = slice(max(0, first_key), first_key + W + size)
+            visible = F.pad(mask.visible(slice(start, start + size), keys), (max(0, -first_key), 0))
+            inner = visible if is_inner else inner
+        k, v = (band.transpose(2, 3)[:, :, : W + size] for band in (k_band, v_band))
+        outputs.append(attend(q_BHTh[:, :, start : start + size], k, v, visible, dropout)[0])
+    return torch.cat(outputs, dim=2)
+
+
+LOCAL_IMPLEMENTATIONS: dict[str, Callable[..., tuple[torch.Tensor, torch.Tensor | None]]] = {
+    "eager": eager_attention,
+    "sdpa": sdpa_attention,
+}
+
+
+class RecurrentGemmaAttention(nn.Module):
+    """Local multi-query attention (section 2.3): a query sees itself and the `attention_window_size` keys before it."""
+
+    def __init__(self, config: RecurrentGemmaConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config, self.layer_idx = config, layer_idx
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.scaling = config.head_dim**-0.5
+        self.attention_dropout = config.attention_dropout
+        self.is_causal = True
+        kv_width = config.num_key_value_heads * config.head_dim
+        self.q_proj = _linear(config.hidden_size, config.hidden_size, bias=config.attention_bias)
+        self.k_proj = _linear(config.hidden_size, kv_width, bias=config.attention_bias)
+        self.v_proj = _linear(config.hidden_size, kv_width, bias=config.attention_bias)
+        self.o_proj = _linear(
+            config.hidden_size,
+            config.hidden_size,
+            bias=True,
+            variance_scale=config.final_w_init_variance_scale,
+        )
+
+    def forward(
+        self, x_BTE: torch.Tensor, step: Step, cache: Cache | None, output_attentions: bool = False, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        shape = (*x_BTE.shape[:2], -1, self.head_dim)
+        q = rotate(self.q_proj(x_BTE).view(shape).transpose(1, 2), step.cos_BTr, step.sin_BTr)
+        k = rotate(self.k_proj(x_BTE).view(shape).transpose(1, 2), step.cos_BTr, step.sin_BTr)
+        v = self.v_proj(x_BTE).view(shape).transpose(1, 2)
+        if cache is not None:
+            k, v = cache.update(k, v, self.layer_idx, ordered=step.attention.ordered)
+            k, v = k.to(q.dtype), v.to(q.dtype)
+        dropout = self.attention_dropout if self.training else 0.0
+        implementation = self.config._attn_implementation
+        if implementation in LOCAL_IMPLEMENTATIONS:
+            attend = LOCAL_IMPLEMENTATIONS[implementation]
+            out, weights = self._attend(attend, q, k, v, step.attention, dropout, output_attentions)
+            out = out.transpose(1, 2)
+        else:
+            out, weights = ALL_ATTENTION_FUNCTIONS[implementation](
+                self, q, k, v, step.attention.prepared, dropout=dropout, scaling=self.scaling,
+                sliding_window=self.config.sliding_window, is_causal=True, **kwargs,
+            )  # fmt: skip
+        return self.o_proj(out.reshape(*x_BTE.shape[:2], -1)), weights
+
+    @staticmethod
+    def _attend(
+        attend: Callable[..., tuple[torch.Tensor, torch.Tensor | None]],
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: AttentionMask,
+        dropout: float,
+        whole: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if mask.prepared is not None:
+            return attend(q, k, v, mask.prepared, dropout)
+        if mask.diagonal is not None and k.shape[2] > mask.window + 2 * QUERY_BLOCK and not whole:
+            return attend_in_blocks(attend, q, k, v, mask, dropout), None
+        if mask.plain and q.shape[2] <= mask.window + 1 and attend is sdpa_attention:
+            return attend(q, k, v, None, dropout)  # the window reaches every earlier key: plainly causal
+        return attend(q, k, v, mask.visible(), dropout)
+
+
+# --- The recurrent block ------------------------------------------------------------------------------------------
+
+
+class RgLruCoefficients(torch.autograd.Function):
+    """Gates to recurrence (equations 1 to 4): a = exp(-c r softplus(Lambda)), x' = sqrt(1 - a^2) i x.
+
+    Recomputes everything in its backward: three activations are saved instead of nine. The derivative of the square
+    root is bounded as in the official code. Inputs (B, T, D) before the sigmoids, softplus(Lambda) (D,) in float32;
+    `reset` and `hold` (B or 1, T, 1) bool or None. Outputs a and x' in float32 (float64 for float64).
+    """
+
+    @staticmethod
+    def _parts(r_pre: torch.Tensor, i_pre: torch.Tensor, softplus_D: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        dtype = softplus_D.dtype
+        r, i = torch.sigmoid(r_pre.to(dtype)), torch.sigmoid(i_pre.to(dtype))
+        log_a = r * (-RG_LRU_C * softplus_D)
+        # 1 - exp(2 log a), not -expm1(2 log a): at a = 1 the official code rounds to 0, and so must we.
+        return r, i, log_a, 1.0 - torch.exp(2.0 * log_a)
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        r_pre: torch.Tensor,
+        i_pre: torch.Tensor,
+        x: torch.Tensor,
+        softplus_D: torch.Tensor,
+        reset: torch.Tensor | None,
+        hold: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx.save_for_backward(r_pre, i_pre, x, softplus_D, reset, hold)
+        _, i, log_a, one_minus_a2 = RgLruCoefficients._parts(r_pre, i_pre, softplus_D)
+        a, multiplier = log_a.exp_(), one_minus_a2.sqrt_()
+        if reset is not None:  # a document begins: nothing of the past, and x enters undamped
+            a, multiplier = a.masked_fill_(reset, 0.0), multiplier.masked_fill_(reset, 1.0)
+        gated = multiplier.mul_(i).mul_(x)
+        if hold is not None:  # padding: the state passes unchanged
+            a, gated = a.masked_fill_(hold, 1.0), gated.masked_fill_(hold, 0.0)
+        return a, gated
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_a: torch.Tensor, grad_gated: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        r_pre, i_pre, x, softplus_D, reset, hold = ctx.saved_tensors
+        r, i, log_a, one_minus_a2 = RgLruCoefficients._parts(r_pre, i_pre, softplus_D)
+        x = x.to(softplus_D.dtype)
+        if hold is not None:
+            grad_a, grad_gated = grad_a.masked_fill(hold, 0.0), grad_gated.masked_fill(hold, 0.0)
+        multiplier = one_minus_a2.sqrt()
+        if reset is not None:
+            multiplier = multiplier.masked_fill_(reset, 1.0)
+        grad_x = grad_gated * multiplier
+        grad_i = grad_x * x * i * (1.0 - i)
+        grad_x = grad_x.mul_(i)
+        grad_square = grad_gated * i * x / torch.clamp(4.0 * one_minus_a2, min=MIN_4X_IN_SQRT_GRADIENT).sqrt_()
+        a = log_a.exp_()
+        grad_log_a = a.mul(grad_a).sub_(grad_square.mul_(2.0).mul_(a).mul_(a))
+        if reset is not None:
+            grad_log_a = grad_log_a.masked_fill_(reset, 0.0)
+        grad_log_a = grad_log_a.mul_(-RG_LRU_C).mul_(r)
+        grad_softplus = grad_log_a.sum((0, 1))
+        grad_r = grad_log_a.mul_(softplus_D).mul_(1.0 - r)
+        grads = (grad_r, grad_i, grad_x)
+        return *(grad.to(saved.dtype) for grad, saved in zip(grads, ctx.saved_tensors[:3], strict=True)), grad_softplus, None, None  # fmt: skip
+
+
+class RecurrentGemmaRglru(nn.Module):
+    """The Real-Gated Linear Recurrent Unit (section 2.4); its gates are block-diagonal with one block per head."""
+
+    def __init__(self, config: RecurrentGemmaConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_attention_heads
+        block = config.lru_width // self.num_heads
+        self.recurrent_param = nn.Parameter(torch.empty(config.lru_width))
+        self.input_gate_weight = nn.Parameter(torch.empty(self.num_heads, block, block))
+        self.input_gate_bias = nn.Parameter(torch.empty(self.num_heads, block))
+        self.recurrent_gate_weight = nn.Parameter(torch.empty(self.num_heads, block, block))
+        self.recurrent_gate_bias = nn.Parameter(torch.empty(self.num_heads, block))
+
+    def _gate(self, x_BTD: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        blocks = x_BTD.reshape(-1, self.num_heads, weight.shape[1]).transpose(0, 1)
+        out_HNd = torch.baddbmm(bias[:, None].to(x_BTD.dtype), blocks, weight.to(x_BTD.dtype))
+        return out_HNd.transpose(0, 1).reshape(x_BTD.shape)
+
+    def forward(self, x_BTD: torch.Tensor, step: Step, h0_BD: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """The states (B, T, D) and the last one (B, D), both in float32 (float64 for float64)."""
+        r_pre = self._gate(x_BTD, self.recurrent_gate_weight, self.recurrent_gate_bias)
+        i_pre = self._gate(x_BTD, self.input_gate_weight, self.input_gate_bias)
+        dtype = torch.promote_types(x_BTD.dtype, torch.float32)
+        softplus_D = F.softplus(self.recurrent_param.to(dtype))
+        reset = (step.position_BT == 0)[..., None]
+        hold = None if step.is_token_BT is None else ~step.is_token_BT[..., None]
+        a, gated = RgLruCoefficients.apply(r_pre, i_pre, x_BTD, softplus_D, reset, hold)
+        return linear_recurrence(gated, a, h0_BD)
+
+
+class RecurrentGemmaRecurrentBlock(nn.Module):
+    """linear_out(act(linear_y(x)) * RG-LRU(conv1d(linear_x(x)))) (section 2.3), `lru_width` wide inside."""
+
+    def __init__(self, config: RecurrentGemmaConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.conv1d_width = config.conv1d_width
+        E, D = config.hidden_size, config.lru_width
+        self.linear_y = _linear(E, D, bias=True)
+        self.linear_x = _linear(E, D, bias=True)
+        self.linear_out = _linear(D, E, bias=True, variance_scale=config.final_w_init_variance_scale)
+        # Holds the parameters under their published names; the product itself is `_conv`, which keeps time before
+        # the channels and documents apart.
+        self.conv_1d = nn.Conv1d(D, D, kernel_size=config.conv1d_width, groups=D)
+        self.conv_1d.init_std = math.sqrt(config.w_init_variance_scale / config.conv1d_width)
+        self.rg_lru = RecurrentGemmaRglru(config)
+        self.act_fn = ACT2FN[config.hidden_activation]
+
+    def forward(self, x_BTE: torch.Tensor, step: Step, cache: Cache | None, **kwargs: Any) -> tuple[torch.Tensor, None]:
+        u = self.linear_x(x_BTE)
+        layer = None if cache is None else cache.layers[self.layer_idx]
+        context = self.conv1d_width - 1
+        if layer is None:
+            full = F.pad(u, (0, 0, context, 0))
+        else:
+            full = cache.update_conv_state(u.transpose(1, 2), self.layer_idx, conv_kernel_size=context).transpose(1, 2)
+            # Transformers' own cache returns no context with the first forward, and as much as it has with others.
+            full = F.pad(full, (0, 0, max(0, context + u.shape[1] - full.shape[1]), 0))
+            full = full[:, full.shape[1] - context - u.shape[1] :].to(u.dtype)
+        h0 = layer.recurrent_states[0] if layer is not None and layer.is_recurrent_states_initialized[0] else None
+        states, last = self.rg_lru(self._conv(full, step), step, h0)
+        if layer is not None:
+            cache.update_recurrent_state(last, self.layer_idx, history=states if layer.record_past else None)
+        return self.linear_out((states * self.act_fn(self.linear_y(x_BTE))).to(x_BTE.dtype)), None
+
+    def _conv(self, full: torch.Tensor, step: Step) -> torch.Tensor:
+        """Depthwise causal convolution of (B, K - 1 + T, D) to (B, T, D); never reads across a document's start."""
+        weight_KD = self.conv_1d.weight[:, 0].t().to(full.dtype)
+        context = self.conv1d_width - 1
+        T = full.shape[1] - context
+        out = torch.addcmul(self.conv_1d.bias.to(full.dtype), full[:, context:], weight_KD[context])
+        for back in range(1, context + 1):
+            earlier = full[:, context - back : context - back + T]
+            if step.has_documents:
+                earlier = earlier * (step.position_BT >= back)[..., None].to(full.dtype)
+            out = torch.addcmul(out, earlier, weight_KD[context - back])
+        return out
+
+
+class RecurrentGemmaDecoderLayer(GradientCheckpointingLayer):
+    """Residual block (figure 2): x + mix(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: RecurrentGemmaConfig, layer_idx: int) -> None:
+        super().__init__()
+        is_recurrent = config.layers_block_type[layer_idx] == "recurrent"
+        block = RecurrentGemmaRecurrentBlock if is_recurrent else RecurrentGemmaAttention
+        self.temporal_pre_norm = RecurrentGemmaRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.temporal_block = block(config, layer_idx)
+        self.channel_pre_norm = RecurrentGemmaRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp_block = RecurrentGemmaMLP(config)
+
+    def forward(
+        self, x_BTE: torch.Tensor, step: Step, past_key_values: Cache | None = None, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        mixed, weights = self.temporal_block(self.temporal_pre_norm(x_BTE), step, past_key_values, **kwargs)
+        x_BTE = x_BTE + mixed
+        return x_BTE + self.mlp_block(self.channel_pre_norm(x_BTE)), weights
+
+
+# --- The model ----------------------------------------------------------------------------------------------------
+
+
+class RecurrentGemmaPreTrainedModel(PreTrainedModel):
+    """Loading, saving and the official initialisation of every parameter."""
+
+    config: RecurrentGemmaConfig
+    config_class = RecurrentGemmaConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["RecurrentGemmaDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_sdpa = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """The official initialisation. One module, one rule: Transformers visits a module of another package only if
+        it owns parameters, so a block cannot initialise its children."""
+        if isinstance(module, (nn.Linear, nn.Conv1d)):
+            std = getattr(module, "init_std", None) or module.weight.shape[-1] ** -0.5
+            init.normal_(module.weight, mean=0.0, std=std)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            init.normal_(module.weight, mean=0.0, std=module.embedding_dim**-0.5)
+        elif isinstance(module, RecurrentGemmaRMSNorm):
+            init.zeros_(module.weight)
+        elif isinstance(module, RecurrentGemmaRglru):
+            for weight in (module.input_gate_weight, module.recurrent_gate_weight):
+                init.normal_(weight, mean=0.0, std=weight.shape[1] ** -0.5)
+            init.zeros_(module.input_gate_bias)
+            init.zeros_(module.recurrent_gate_bias)
+            # Lambda such that a = exp(-softplus(Lambda)) is uniform by area in the ring 0.9 to 0.999 (section 2.4).
+            square = torch.empty_like(module.recurrent_param, dtype=torch.float32).uniform_(0.9**2, 0.999**2)
+            init.copy_(module.recurrent_param, torch.expm1(-0.5 * square.log()).log())
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in Transformers, but strict: missing or unexpected weights raise ValueError with their names.
+
+        Only the heads of other tasks may be missing or left over. On a CPU without bfloat16 instructions the default
+        dtype is float32: bfloat16 is emulated there, ten times slower.
+        """
+        want_info = kwargs.pop("output_loading_info", False)
+        if kwargs.get("dtype", kwargs.get("torch_dtype")) is None and _is_cpu_without_bfloat16(kwargs):
+            kwargs["dtype"] = torch.float32
+            logger.warning_once(
+                "This CPU has no bfloat16 instructions: loading in float32, which is several times faster here and takes twice "
+                "the memory. Pass dtype=torch.bfloat16 to keep bfloat16."
+            )
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+        )
+        heads = ("lm_head.", "score.", "qa_outputs.")
+        for kind in ("missing", "unexpected"):
+            names = sorted(name for name in info[f"{kind}_keys"] if not name.startswith(heads))
+            if names:
+                shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+                raise ValueError(
+                    f"{len(names)} weights of {pretrained_model_name_or_path} are {kind}: {shown}. Is this a "
+                    "RecurrentGemma checkpoint, and does its config.json describe it?"
+                )
+        return (model, info) if want_info else model
+
+
+def _is_cpu_without_bfloat16(kwargs: dict[str, Any]) -> bool:
+    device = kwargs.get("device_map") or torch.get_default_device()
+    return str(device) == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def _unpacked(x: torch.Tensor, index_BT: torch.Tensor | None, dim: int = 1) -> torch.Tensor:
+    """Reorders dimension `dim` of x (B, ...) by index_BT (B, T); None changes nothing."""
+    if index_BT is None:
+        return x
+    shape = [x.shape[0]] + [1] * (x.ndim - 1)
+    shape[dim] = index_BT.shape[1]
+    size = list(x.shape)
+    size[dim] = index_BT.shape[1]
+    return x.gather(dim, index_BT.view(shape).expand(size))
+
+
+class RecurrentGemmaModel(RecurrentGemmaPreTrainedModel):
+    """The stack of residual blocks, without a head."""
+
+    def __init__(self, config: RecurrentGemmaConfig) -> None:
+        super().__init__(config)
+        config.validate_architecture()
+        # No padding_idx: the row of the padding token is as good as any other, and is never looked at.
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(RecurrentGemmaDecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.final_norm = RecurrentGemmaRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | dict[str, torch.Tensor | None] | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Runs the stack.
+
+        Args:
+            input_ids: (B, T) int64 token ids.
+            attention_mask: (B, columns so far + T), 1 at tokens and 0 at padding, on any side; or (B or 1, H or 1,
+                T, K), bool or additive, which replaces the window of the attention layers (recurrent layers do not
+                see it).
+            position_ids: (B or 1, T) int64 positions in the document; a 0 begins a new document.
+            past_key_values: a cache; made here if `use_cache` asks for one.
+            inputs_embeds: (B, T, E) rows of the embedding, instead of ids (the model scales them as it does its own).
+            use_cache: config.use_cache by default, and never by default while training.
+
+        Returns:
+            last_hidden_state (B, T, E), the cache, and on request all hidden states and attention probabilities.
+        """
+        x = self._embed(input_ids, inputs_embeds)
+        B, T = x.shape[:2]
+        cache = self._cache(past_key_values, use_cache)
+        output_hidden_states = _default(output_hidden_states, self.config.output_hidden_states)
+        output_attentions = _default(output_attentions, self.config.output_attentions)
+        if output_attentions and self.config._attn_implementation != "eager":
+            raise ValueError(
+                f"output_attentions needs attn_implementation='eager', this model has "
+                f"{self.config._attn_implementation!r}; call model.set_attn_implementation('eager')"
+            )
+        mask = InputMask.read(attention_mask, cache, B, T)
+        if position_ids is not None and position_ids.shape not in ((B, T), (1, T)):
+            raise ValueError(f"position_ids of shape {tuple(position_ids.shape)} must be ({B} or 1, {T})")
+        is_own = isinstance(cache, RecurrentGemmaCache)
+        pack = None
+        if mask.tokens is not None and T > 1 and (cache is None or is_own):
+            pack = (~mask.tokens).to(torch.int8).argsort(dim=1, stable=True)  # tokens first, then padding
+            x = _unpacked(x, pack)
+            position_ids = None if position_ids is None else _unpacked(position_ids.expand(B, T), pack)
+        if is_own:
+            cache.check_config(self.config)
+            cache.begin_forward(B, T, x.device, mask.tokens)
+        step = self._step(x, mask, position_ids, cache, pack is not None, bool(output_attentions))
+        unpack = None if pack is None else pack.argsort(dim=1)
+        if "flash" in self.config._attn_implementation and cache is None and position_ids is not None:
+            kwargs["position_ids"] = position_ids  # how Transformers' flash attention learns of packed documents
+
+        hidden_states: list[torch.Tensor] = []
+        attentions: list[torch.Tensor] = []
+        for layer in self.layers:
+            if output_hidden_states:
+                hidden_states.append(_unpacked(x, unpack))
+            x, weights = layer(x, step, past_key_values=cache, output_attentions=bool(output_attentions), **kwargs)
+            if output_attentions and weights is not None:
+                attentions.append(_unpacked_attention(weights, unpack))
+        x = _unpacked(self.final_norm(x), unpack)
+        return BaseModelOutputWithPast(
+            last_hidden_state=x,
+            past_key_values=cache,
+            hidden_states=(*hidden_states, x) if output_hidden_states else None,
+            attentions=tuple(attentions) if output_attentions else None,
+        )
+
+    def _embed(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        given = inputs_embeds if input_ids is None else input_ids
+        if given.ndim != (3 if input_ids is None else 2) or 0 in given.shape[:2]:
+            raise ValueError(
+                f"the input has shape {tuple(given.shape)}; it must be (batch, tokens) ids or (batch, tokens, width) "
+                "embeddings with at least one token (an empty prompt needs at least its BOS token)"
+            )
+        if input_ids is not None:
+            # On a GPU this would wait for the device; there the embedding's own assertion has to do.
+            if input_ids.device.type == "cpu" and not torch.compiler.is_compiling():
+                low, high = input_ids.aminmax()
+                if low < 0 or high >= self.config.vocab_size:
+                    raise ValueError(
+                        f"token ids from {low.item()} to {high.item()} do not fit vocab_size={self.config.vocab_size}; "
+                        "is this the tokenizer of this model?"
+                    )
+            inputs_embeds = self.embed_tokens(input_ids)
+        if not self.config.embeddings_scale_by_sqrt_dim:
+            return inputs_embeds
+        # Rounded to bfloat16 whatever the dtype, as when the published models were trained.
+        return inputs_embeds * torch.tensor(self.config.hidden_size**0.5, dtype=torch.bfloat16).item()
+
+    def _cache(self, past_key_values: Cache | None, use_cache: bool | None) -> Cache | None:
+        if past_key_values is not None and not isinstance(past_key_values, Cache):
+            raise ValueError(
+                f"past_key_values is a {type(past_key_values).__name__}; it must be a Cache, best a RecurrentGemmaCache"
+            )
+        if self.gradient_checkpointing and self.training:
+            if past_key_values is not None:
+                raise ValueError("gradient checkpointing would run the cache twice; train without past_key_values")
+            return None
+        if past_key_values is None and (use_cache or (use_cache is None and self.config.use_cache and not self.training)):
+            return RecurrentGemmaCache(self.config)
+        return past_key_values
+
+    def _step(
+        self,
+        x: torch.Tensor,
+        mask: InputMask,
+        position_ids: torch.Tensor | None,
+        cache: Cache | None,
+        packed: bool,
+        output_attentions: bool,
+    ) -> Step:
+        B, T = x.shape[:2]
+        columns = torch.arange(T, device=x.device)[None]
+        is_token = mask.tokens
+        if packed:  # tokens first; without a cache nothing ever looks at what stands behind them
+            is_token = None if cache is None else columns < mask.tokens.sum(1, keepdim=True)
+        is_foreign = cache is not None and not isinstance(cache, RecurrentGemmaCache)
+        position = position_ids
+        if position is None:
+            position = columns
+            if is_foreign:
+                position = mask.positions(columns)
+            elif cache is not None:
+                position = cache.progress.past_lengths.to(x.device)[:, None] + columns
+        r = self.config.rotary_dim // 2
+        exponent = torch.arange(r, device=x.device, dtype=torch.float32) / r
+        angle = position[..., None].float() / self.config.rope_theta**exponent
+        attention = None
+        if "attention" in self.config.layers_block_type:
+            attention = self._attention_mask(mask, position, is_token, cache, output_attentions)
+            plain = attention.plain and position_ids is None
+            attention = _prepared(attention._replace(plain=plain), mask, self.config._attn_implementation, (B, T))
+        has_documents = position_ids is not None or (is_foreign and is_token is not None)
+        return Step(angle.cos().to(x.dtype), angle.sin().to(x.dtype), position, is_token, has_documents, attention)
+
+    def _attention_mask(
+        self,
+        mask: InputMask,
+        position: torch.Tensor,
+        is_token: torch.Tensor | None,
+        cache: Cache | None,
+        output_attentions: bool,
+    ) -> AttentionMask:
+        T, W = position.shape[1], self.config.attention_window_size
+        columns = torch.arange(T, device=position.device)[None]
+        reach = position.clamp(max=W)
+        if cache is None:
+            return AttentionMask(columns, columns, reach, None, None, W, 0, plain=True, ordered=False)
+        if not isinstance(cache, RecurrentGemmaCache):
+            K, offset = cache.get_mask_sizes(T, self.config.layers_block_type.index("attention"))
+            query, key = mask.seen + columns, offset + torch.arange(K, device=position.device)[None]
+            diagonal = K - T if K - T == mask.seen - offset else None
+            return AttentionMask(query, key, reach, is_token, mask.keys(offset, K), W, diagonal, plain=False, ordered=False)
+        past = cache.progress.past_lengths.to(position.device)[:, None]
+        in_order = T > 1 or output_attentions or mask.custom is not None or torch.is_grad_enabled()
+        in_order = in_order or "flash" in self.config._attn_implementation
+        if in_order:
+            diagonal = min(W, cache.progress.columns - T)
+            key = past - diagonal + torch.arange(diagonal + T, device=position.device)
+        else:
+            diagonal, key = None, cache.slot_ranks().to(position.device)
+        query_is_token = is_token if T == 1 else None
+        return AttentionMask(
+            past + columns, key, reach, query_is_token, None, W, diagonal, plain=False, ordered=in_order
+        )
+
+
+def _default(value: Any, otherwise: Any) -> Any:
+    return otherwise if value is None else value
+
+
+def _unpacked_attention(weights_BHTK: torch.Tensor, unpack: torch.Tensor | None) -> torch.Tensor:
+    """Queries, and the keys of this forward among all keys, back to the order of the caller's columns."""
+    if unpack is None:
+        return weights_BHTK
+    past = weights_BHTK.shape[3] - unpack.shape[1]
+    keys = torch.cat([torch.arange(past, device=unpack.device).expand(unpack.shape[0], -1), past + unpack], dim=1)
+    return _unpacked(_unpacked(weights_BHTK, unpack, dim=2), keys, dim=3)
+
+
+class InputMask(NamedTuple):
+    """The caller's attention_mask, checked and taken apart."""
+
+    tokens: torch.Tensor | None  # (B, T) bool of this forward's columns; None: no padding
+    columns: torch.Tensor | None  # (B, seen + T) bool of all columns (Transformers' own caches need it)
+    custom: torch.Tensor | None  # 4D
+    seen: int  # columns before this forward
+
+    @staticmethod
+    def read(attention_mask: Any, cache: Cache | None, B: int, T: int) -> InputMask:
+        seen = 0
+        if cache is not None and not (isinstance(attention_mask, dict) and "custom" in attention_mask):
+            seen = _columns_seen(cache)
+        if attention_mask is None:
+            return InputMask(None, None, None, seen)
+        if isinstance(attention_mask, dict):  # what create_masks_for_generate made
+            return InputMask(attention_mask["tokens"], None, attention_mask.get("custom"), seen)
+        if attention_mask.ndim == 4:
+            return InputMask(None, None, attention_mask, seen)
+        if attention_mask.ndim != 2 or attention_mask.shape != (B, seen + T):
+            raise ValueError(
+                f"attention_mask of shape {tuple(attention_mask.shape)} must be (batch, columns so far + new ones) = "
+                f"({B}, {seen} + {T}), or 4D"
+            )
+        columns = attention_mask.bool()
+        mask = InputMask(columns[:, seen:], columns, None, seen)
+        if cache is not None and not isinstance(cache, RecurrentGemmaCache):
+            mask._refuse_gaps(cache)
+        return mask
+
+    def _refuse_gaps(self, cache: Cache) -> None:
+        """Transformers' caches store padding, which only left padding survives."""
+        if self.tokens.shape[1] > 1 and (self.columns[:, 1:] < self.columns[:, :-1]).any():
+            raise ValueError(
+                f"padding behind tokens does not work with a {type(cache).__name__}, which stores it as if it were "
+                "text; pad on the left, or use a RecurrentGemmaCache (the default)"
+            )
+
+    def positions(self, columns_1T: torch.Tensor) -> torch.Tensor:
+        """(B or 1, T) positions where nobody gave any, for Transformers' own caches."""
+        if self.columns is None:
+            return self.seen + columns_1T
+        return (self.columns.long().cumsum(1)[:, self.seen :] - 1).clamp(min=0)
+
+    def keys(self, offset: int, size: int) -> torch.Tensor | None:
+        """(B, size) bool: which of the keys from column `offset` on are tokens."""
+        if self.columns is None:
+            return None
+        columns = self.columns[:, offset : offset + size]
+        return F.pad(columns, (0, size - columns.shape[1]))
+
+
+def _columns_seen(cache: Cache) -> int:
+    try:
+        return int(cache.get_seq_length())
+    except ValueError:  # Transformers' own caches cannot tell for a model without attention; positions must be given
+        return 0
+
+
+def _prepared(
+    attention: AttentionMask, mask: InputMask, implementation: str, shape: tuple[int, int]
+) -> AttentionMask:
+    """Translates the mask for implementations other than our eager and sdpa, and checks a custom one."""
+    (_, T), K = shape, attention.key_rank.shape[1]
+    if mask.custom is not None:
+        custom = mask.custom
+        if custom.shape[2] != T or custom.shape[3] < K or custom.shape[3] > max(K, mask.seen + T):
+            raise ValueError(f"a 4D attention_mask of shape {tuple(custom.shape)} must be (batch or 1, heads or 1, {T}, {K})")
+        if implementation not in LOCAL_IMPLEMENTATIONS:
+            raise ValueError(f"a 4D attention_mask needs attn_implementation 'eager' or 'sdpa', not {implementation!r}")
+        return attention._replace(prepared=custom[..., custom.shape[3] - K :])
+    if implementation in LOCAL_IMPLEMENTATIONS:
+        return attention
+    if implementation == "flex_attention":
+        return attention._replace(prepared=_flex_mask(attention, shape))
+    if "flash" in implementation:
+        return attention._replace(prepared=_flash_mask(attention, shape[0]))
+    return attention._replace(prepared=attention.visible())
+
+
+def _flex_mask(attention: AttentionMask, shape: tuple[int, int]) -> Any:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    B, T = shape
+    query, key, reach = (
+        x.expand(B, -1).contiguous() for x in (attention.query_rank, attention.key_rank, attention.reach)
+    )
+    query_ok, key_ok = attention.query_is_token, attention.key_is_token
+
+    def sees(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        distance = query[b, q] - key[b, k]
+        seen = (distance >= 0) & (distance <= reach[b, q]) & (key[b, k] >= 0)
+        if key_ok is not None:
+            seen = seen & key_ok[b, k]
+        return seen if query_ok is None else seen | ~query_ok[b, q]
+
+    return create_block_mask(sees, B, None, T, key.shape[1], device=query.device)
+
+
+def _flash_mask(attention: AttentionMask, batch_size: int) -> torch.Tensor | None:
+    """(B, K) bool or None, all that flash attention takes; what that cannot say is refused."""
+    if not attention.plain and (attention.diagonal != 0 or batch_size > 1):
+        hidden = attention.reach < attention.query_rank.clamp(max=attention.window)
+        if attention.query_is_token is not None:
+            hidden = hidden & attention.query_is_token
+        if hidden.any():
+            raise ValueError(
+                "flash attention keeps packed documents apart only in one row and without a cache; use "
+                "attn_implementation='sdpa' or 'flex_attention'"
+            )
+    if attention.key_is_token is not None:
+        return attention.key_is_token
+    has_gaps = attention.key_rank < 0
+    return ~has_gaps if has_gaps.any() else None
+
+
+# --- Heads --------------------------------------------------------------------------------------------------------
+
+
+def _kept(x_BTE: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
+    """The positions whose logits are wanted: the last n, an index (n,) for all rows, or one per row (B, n)."""
+    if isinstance(logits_to_keep, int):
+        return x_BTE[:, -logits_to_keep:] if logits_to_keep else x_BTE
+    if logits_to_keep.ndim == 2:
+        return _unpacked(x_BTE, logits_to_keep)
+    return x_BTE[:, logits_to_keep]
+
+
+class RecurrentGemmaForCausalLM(RecurrentGemmaPreTrainedModel, GenerationMixin):
+    """The language model: next-token logits, soft-capped as c tanh(logits / c)."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: RecurrentGemmaConfig) -> None:
+        super().__init__(config)
+        self.model = RecurrentGemmaModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = _linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | dict[str, torch.Tensor | None] | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """As `RecurrentGemmaModel.forward`, and:
+
+        Args:
+            labels: (B, T) int64 next-token targets, not shifted (position t is predicted from t - 1), -100 ignored.
+            logits_to_keep: the last n positions (0: all), or their indices, (n,) or one set per row (B, n).
+
+        Returns:
+            loss (mean over the targets) where labels are given, logits (B, n, V), the cache.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+            return_dict=True,
+            **kwargs,
+        )
+        logits = self.lm_head(_kept(outputs.last_hidden_state, logits_to_keep))
+        cap = self.config.logits_soft_cap
+        if cap:
+            logits = torch.tanh(logits / cap) * cap
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    # --- generate() ---
+
+    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> None:
+        """Every `cache_implementation` is a RecurrentGemmaCache: it is dynamic and static at once."""
+        if model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False:
+            return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
+        kind = generation_config.cache_implementation or "dynamic"
+        if "offloaded" in kind or kind == "quantized":
+            logger.warning_once(
+                f"cache_implementation={kind!r}: the cache of this model has a constant size and stays on the device "
+                "in full precision."
+            )
+        cache = RecurrentGemmaCache(self.config, static="static" in kind)
+        if generation_config.is_assistant:
+            cache.activate_past_recording()
+        model_kwargs["past_key_values"] = cache
+        return None
+
+    def _prepare_position_ids_for_generation(self, inputs_tensor: torch.Tensor, model_kwargs: dict[str, Any]) -> Any:
+        """Positions count tokens; padding behind them repeats the last one, so that the next token follows on."""
+        mask = model_kwargs.get("attention_mask")
+        if mask is None or mask.ndim != 2:
+            return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
+        return (mask.long().cumsum(1) - 1).clamp(min=0)
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """As in Transformers; where a prompt is padded on the right, the next token follows its last token."""
+        model_inputs = super().prepare_inputs_for_generation(
+            input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
+        )
+        mask = attention_mask
+        new = model_inputs["input_ids"] if model_inputs.get("input_ids") is not None else model_inputs["inputs_embeds"]
+        T = new.shape[1]
+        if mask is not None and mask.ndim == 2 and T > 1 and not mask[:, -1].all():
+            tokens, earlier = mask[:, -T:].bool(), mask[:, :-T].bool()
+            if (earlier.any(1) & ~tokens.any(1)).any():
+                raise ValueError("padding on the right does not go with prefill_chunk_size; pad the prompts on the left")
+            last = (tokens * torch.arange(1, T + 1, device=mask.device)).argmax(1, keepdim=True)
+            model_inputs["logits_to_keep"] = last.to(new.device)
+        return model_inputs
+
+    @staticmethod
+    def create_masks_for_generate(
+        config: RecurrentGemmaConfig,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        past_key_values: Cache,
+        position_ids: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> dict[str, torch.Tensor | None] | None:
+        """What a compiled forward gets instead of the growing 2D mask, so that its shapes stay the same."""
+        B, T = inputs_embeds.shape[:2]
+        if isinstance(past_key_values, RecurrentGemmaCache):
+            return None if attention_mask is None else {"tokens": attention_mask[:, -T:].bool()}
+        mask = InputMask.read(attention_mask, past_key_values, B, T)
+        if "attention" not in config.layers_block_type:
+            return {"tokens": mask.tokens}
+        columns = torch.arange(T, device=inputs_embeds.device)[None]
+        position = mask.positions(columns) if position_ids is None else position_ids
+        K, offset = past_key_values.get_mask_sizes(T, config.layers_block_type.index("attention"))
+        W = config.attention_window_size
+        key = offset + torch.arange(K, device=columns.device)[None]
+        visible = AttentionMask(
+            mask.seen + columns, key, position.clamp(max=W), mask.tokens, mask.keys(offset, K), W, None, False, False
+        ).visible()
+        return {"tokens": mask.tokens, "custom": visible.expand(B, -1, -1, -1)}
+
+
+def _last_token(
+    config: RecurrentGemmaConfig, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, B: int, T: int
+) -> torch.Tensor | None:
+    """(B, 1) column of the last token of each row; None where nothing tells padding apart."""
+    if attention_mask is not None and attention_mask.ndim == 2:
+        tokens = attention_mask[:, -T:].bool()
+    elif input_ids is not None and config.pad_token_id is not None:
+        tokens = input_ids != config.pad_token_id
+    elif B == 1:
+        return None
+    else:
+        raise ValueError(
+            "which token is the last of each row? give an attention_mask, or set config.pad_token_id for input_ids"
+        )
+    return (tokens * torch.arange(1, T + 1, device=tokens.device)).argmax(1, keepdim=True)
+
+
+class RecurrentGemmaForSequenceClassification(RecurrentGemmaPreTrainedModel):
+    """One label (or `num_labels` values) per sequence, read from its last token."""
+
+    def __init__(self, config: RecurrentGemmaConfig) -> None:
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = RecurrentGemmaModel(config)
+        self.score = _linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> SequenceClassifierOutputWithPast:
+        """logits (B, num_labels). labels (B,) int64, or float for regression and multi-label problems; padding is
+        told by the attention_mask, else by config.pad_token_id. Other arguments as in `RecurrentGemmaModel`."""
+        outputs = self.model(
+            input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, return_dict=True, **kwargs
+        )
+        x = outputs.last_hidden_state
+        last = _last_token(self.config, input_ids, attention_mask, *x.shape[:2])
+        logits = self.score(_kept(x, 1 if last is None else last))[:, 0]
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)
+        return SequenceClassifierOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+class RecurrentGemmaForTokenClassification(RecurrentGemmaPreTrainedModel):
+    """One label per token."""
+
+    def __init__(self, config: RecurrentGemmaConfig) -> None:
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = RecurrentGemmaModel(config)
+        self.score = _linear(config.hidden_size, config.num_labels, bias=True)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self, input_ids: torch.LongTensor | None = None, labels: torch.LongTensor | None = None, **kwargs: Any
+    ) -> TokenClassifierOutput:
+        """logits (B, T, num_labels). labels (B, T) int64, -100 ignored. Other arguments as in `RecurrentGemmaModel`."""
+        outputs = self.model(input_ids=input_ids, return_dict=True, **kwargs)
+        logits = self.score(outputs.last_hidden_state)
+        loss = None if labels is None else self.loss_function(logits, labels, self.config)
+        return TokenClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+class RecurrentGemmaForQuestionAnswering(RecurrentGemmaPreTrainedModel):
+    """Start and end of an answer in the text."""
+
+    def __init__(self, config: RecurrentGemmaConfig) -> None:
+        super().__init__(config)
+        self.model = RecurrentGemmaModel(config)
+        self.qa_outputs = _linear(config.hidden_size, 2, bias=True)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        start_positions: torch.LongTensor | None = None,
+        end_positions: torch.LongTensor | None = None,
+        **kwargs: Any,
+    ) -> QuestionAnsweringModelOutput:
+        """start_logits and end_logits (B, T); positions (B,) int64. Other arguments as in `RecurrentGemmaModel`."""
+        outputs = self.model(input_ids=input_ids, return_dict=True, **kwargs)
+        start_logits, end_logits = (x.contiguous() for x in self.qa_outputs(outputs.last_hidden_state).unbind(-1))
+        loss = None
+        if start_positions is not None and end_positions is not None:
+            loss = self.loss_function(start_logits, end_logits, start_positions, end_positions)
+        return QuestionAnsweringModelOutput(
+            loss=loss,
+            start_logits=start_logits,
+            end_logits=end_logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+__all__ = [
+    "RecurrentGemmaForCausalLM",
+    "RecurrentGemmaForQuestionAnswering",
+    "RecurrentGemmaForSequenceClassification",
+    "RecurrentGemmaForTokenClassification",
+    "RecurrentGemmaModel",
+    "RecurrentGemmaPreTrainedModel",
+]

@@ -38,16 +38,16 @@ class _Progress:
     def __init__(self) -> None:
         self.columns = 0  # columns of input seen so far, padding included
         self.lengths: torch.Tensor | None = None  # (B,) int64: tokens seen so far per row, padding excluded
+        self.past_lengths: torch.Tensor | None = None  # (B,) the same before the forward in progress
         self.step_columns = 0  # T of the forward in progress
         self.step_lengths: torch.Tensor | None = None  # (B,) tokens of this forward per row; None: all T are tokens
         self.recorded = 0  # columns that crop() can take back
         self.recorded_mask: torch.Tensor | None = None  # (B, recorded) bool; None: no padding among them
 
-    @property
-    def past_lengths(self) -> torch.Tensor:
-        """(B,) tokens per row before the forward in progress."""
-        new = self.step_columns if self.step_lengths is None else self.step_lengths
-        return self.lengths - new
+    def set_lengths(self, lengths_B: torch.Tensor) -> None:
+        """Both counters get tensors of their own, whose addresses stay until the batch size changes."""
+        self.lengths, self.past_lengths = lengths_B, lengths_B.clone()
+        _mark_static(self.lengths, self.past_lengths)
 
     def slot_ranks(self, slots: int) -> torch.Tensor:
         """(B, slots) int64: which token of its row (counted from 0) a slot of a ring holds; negative if empty."""
@@ -161,9 +161,10 @@ class RecurrentGemmaAttentionLayer(_LayerMixin, CacheLayerMixin):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Stores the keys and values of this forward, (B, G, T, h) each, and returns those to attend to.
 
-        With one token these are the S slots of the ring in place (see `RecurrentGemmaCache.slot_ranks`). With more, or with
-        `ordered=True`, they are (B, G, P + T, h) in the order of the sequence, P = min(W, columns seen before), and
-        gradients flow to the new ones. What is stored is detached: state carries no graph from forward to forward.
+        With one token these are the S slots of the ring in place (see `RecurrentGemmaCache.slot_ranks`). With more,
+        or with `ordered=True`, they are (B, G, P + T, h) in the order of the sequence, P = min(W, columns seen
+        before), and gradients flow to the new ones. What is stored is detached: state carries no graph from forward
+        to forward.
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -192,9 +193,10 @@ class RecurrentGemmaAttentionLayer(_LayerMixin, CacheLayerMixin):
         lengths = self.progress.past_lengths.to(self.keys.device)
         ranks_BP = lengths[:, None] - size + torch.arange(size, device=lengths.device)
         slots = ranks_BP.remainder(self.window + 1)[:, None, :, None]
-        return tuple(
+        keys, values = (
             ring.gather(2, slots.expand(-1, ring.shape[1], -1, ring.shape[3])) for ring in (self.keys, self.values)
         )
+        return keys, values
 
     def _store_token(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         device = self.keys.device
@@ -384,8 +386,7 @@ class RecurrentGemmaCache(Cache):
         """
         progress = self.progress
         if progress.lengths is None:
-            progress.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
-            _mark_static(progress.lengths)
+            progress.set_lengths(torch.zeros(batch_size, dtype=torch.int64, device=device))
         if batch_size != progress.lengths.shape[0]:
             raise ValueError(
                 f"this cache holds a batch of {progress.lengths.shape[0]} sequences, the input has {batch_size}; use "
@@ -396,6 +397,7 @@ class RecurrentGemmaCache(Cache):
         if token_mask is not None:
             progress.step_lengths = token_mask.to(progress.lengths.device).sum(-1)
         progress.columns += columns
+        progress.past_lengths.copy_(progress.lengths)
         progress.lengths.add_(columns if progress.step_lengths is None else progress.step_lengths)
         if self.is_recording:
             self._record_columns(token_mask, columns)
@@ -427,6 +429,7 @@ class RecurrentGemmaCache(Cache):
         return self.progress.columns
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """(length, offset) of the keys that attention will see with `query_length` new tokens."""
         for layer in self.layers:
             if isinstance(layer, RecurrentGemmaAttentionLayer):
                 return layer.get_mask_sizes(query_length)
@@ -443,10 +446,12 @@ class RecurrentGemmaCache(Cache):
 
     @property
     def is_compileable(self) -> bool:
+        """Whether generate() compiles the decoding step. It could always: static or not, the tensors are the same."""
         return self.static
 
     @property
     def is_initialized(self) -> bool:
+        """Whether a forward has allocated the tensors."""
         return self.progress.lengths is not None
 
     def memory_footprint(self) -> int:
@@ -459,6 +464,7 @@ class RecurrentGemmaCache(Cache):
 
     @property
     def is_recording(self) -> bool:
+        """Whether forwards keep what `crop` needs."""
         return any(layer.record_past for layer in self.layers)
 
     def activate_past_recording(self) -> None:
@@ -508,8 +514,7 @@ class RecurrentGemmaCache(Cache):
         if chosen.shape == progress.lengths.shape:
             progress.lengths.copy_(chosen)
         else:
-            _mark_static(chosen)
-            progress.lengths = chosen
+            progress.set_lengths(chosen)
         if progress.recorded_mask is not None:
             progress.recorded_mask = progress.recorded_mask.index_select(0, rows)
         progress.step_columns, progress.step_lengths = 0, None
@@ -592,14 +597,14 @@ class RecurrentGemmaCache(Cache):
         if tensors.keys() != expected | {"lengths"}:
             odd = sorted(tensors.keys() ^ (expected | {"lengths"}))
             raise ValueError(f"{path} lacks or has too many tensors: {', '.join(odd)}")
-        self.progress.lengths, self.progress.columns = tensors.pop("lengths"), columns
+        self.progress.set_lengths(tensors.pop("lengths"))
+        self.progress.columns = columns
         for key, tensor in tensors.items():
             _, i, name = key.split(".")
             value = tensor.transpose(1, 2).contiguous().transpose(1, 2) if name == "conv" else tensor
             self.layers[int(i)].set_tensor(name, value)
         for layer in self.layers:
             _mark_static(*layer.tensors().values())
-        _mark_static(self.progress.lengths)
 
 
 __all__ = ["RecurrentGemmaCache"]

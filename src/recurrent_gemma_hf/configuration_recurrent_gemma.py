@@ -5,8 +5,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from typing import Any, ClassVar
 
+import torch
+from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.generation import GenerationConfig
 
@@ -40,18 +43,19 @@ PRESETS["hawk-paper-7b"] = {**PRESETS["griffin-paper-7b"], "block_types": ("recu
 # Keys that config.json files and Transformers itself bring along without describing the architecture. Everything else
 # that is neither one of these nor a field is a mistake, most likely a misspelled field.
 _BOOKKEEPING_KEYS = frozenset(
-    "add_cross_attention attn_implementation auto_map cross_attention_hidden_size experts_implementation "
-    "finetuning_task is_decoder model_type name_or_path num_labels output_attentions per_layer_config prefix "
-    "pruned_heads quantization_config task_specific_params tf_legacy_loss tie_encoder_decoder tie_last_hidden_states "
-    "tokenizer_class torch_dtype torchscript use_bfloat16".split()
-)
+    ("add_cross_attention", "attn_implementation", "auto_map", "cross_attention_hidden_size",
+     "experts_implementation", "finetuning_task", "is_decoder", "model_type", "name_or_path", "num_labels",
+     "output_attentions", "prefix", "pruned_heads", "quantization_config", "task_specific_params", "tf_legacy_loss",
+     "tie_encoder_decoder", "tokenizer_class", "torch_dtype", "torchscript", "use_bfloat16")
+)  # fmt: skip
 
 # The fields that decide the shape of a cache and the meaning of its content.
 _FINGERPRINT_FIELDS = (
-    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim "
-    "lru_width attention_window_size conv1d_width embeddings_scale_by_sqrt_dim rope_theta partial_rotary_factor "
-    "rms_norm_eps hidden_activation attention_bias layers_block_type"
-).split()
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "lru_width", "attention_window_size", "conv1d_width",
+    "embeddings_scale_by_sqrt_dim", "rope_theta", "partial_rotary_factor", "rms_norm_eps", "hidden_activation",
+    "attention_bias", "layers_block_type",
+)  # fmt: skip
 
 
 class RecurrentGemmaConfig(PreTrainedConfig):
@@ -96,8 +100,6 @@ class RecurrentGemmaConfig(PreTrainedConfig):
     """
 
     model_type = "recurrent_gemma"
-    # Without this, Transformers' PreTrainedConfig would look for these under their usual names only.
-    attribute_map: ClassVar[dict[str, str]] = {}
     base_model_fsdp_plan: ClassVar[dict[Any, str]] = {
         "embed_tokens": "free_full_weight",
         "layers.*": "free_full_weight",
@@ -110,8 +112,9 @@ class RecurrentGemmaConfig(PreTrainedConfig):
     num_hidden_layers: int = 26
     num_attention_heads: int = 10
     num_key_value_heads: int = 1
-    head_dim: int | None = None
-    lru_width: int | None = None
+    # None is replaced on construction (`__post_init__`): everyone else reads numbers.
+    head_dim: int = None  # type: ignore[assignment]
+    lru_width: int = None  # type: ignore[assignment]
     block_types: list[str] | tuple[str, ...] = GRIFFIN_PATTERN
     attention_window_size: int = 2048
     conv1d_width: int = 4
@@ -124,7 +127,7 @@ class RecurrentGemmaConfig(PreTrainedConfig):
     attention_dropout: float = 0.0
     attention_bias: bool = False
     w_init_variance_scale: float = 0.01
-    final_w_init_variance_scale: float | None = None
+    final_w_init_variance_scale: float = None  # type: ignore[assignment]
     use_cache: bool = True
     pad_token_id: int | None = 0
     eos_token_id: int | list[int] | None = 1
@@ -137,16 +140,16 @@ class RecurrentGemmaConfig(PreTrainedConfig):
         layer_types = kwargs.pop("layer_types", None)
         layers_block_type = kwargs.pop("layers_block_type", None)
         self._refuse_unknown(kwargs)
-        if self.head_dim is None and self.num_attention_heads:
-            self.head_dim = self.hidden_size // self.num_attention_heads
-        if self.lru_width is None:
-            self.lru_width = self.hidden_size
-        if self.final_w_init_variance_scale is None and self.num_hidden_layers:
-            self.final_w_init_variance_scale = 2.0 / self.num_hidden_layers
-        if isinstance(self.block_types, str) or not isinstance(self.block_types, (list, tuple)):
-            raise ValueError(f"block_types={self.block_types!r} must be a list of {BLOCK_TYPES}")
-        self.block_types = list(self.block_types)
+        self._validate_sizes("hidden_size", "num_hidden_layers", "num_attention_heads")  # the defaults below need them
+        for name, default in (
+            ("head_dim", self.hidden_size // self.num_attention_heads),
+            ("lru_width", self.hidden_size),
+            ("final_w_init_variance_scale", 2.0 / self.num_hidden_layers),
+        ):
+            if getattr(self, name) is None:
+                setattr(self, name, default)
         self.validate_architecture()
+        self.block_types = list(self.block_types)
         for name, given in (("layer_types", layer_types), ("layers_block_type", layers_block_type)):
             derived = [self.layer_types, self.layers_block_type]
             if given is not None and list(given) not in derived:
@@ -160,20 +163,25 @@ class RecurrentGemmaConfig(PreTrainedConfig):
         private = kwargs.pop("_block_types", None)
         if private is None:
             return
-        if list(self.block_types) not in (list(private), list(GRIFFIN_PATTERN)):
+        if self.block_types not in (private, GRIFFIN_PATTERN, list(GRIFFIN_PATTERN)):
             raise ValueError(f"_block_types={private!r} contradicts block_types={self.block_types!r}; give only one")
         self.block_types = private
 
     def _read_rope_parameters(self, kwargs: dict[str, Any]) -> None:
         """Configs saved by Transformers 5 hold the rotary settings in one dict."""
-        rope = kwargs.pop("rope_parameters", None) or kwargs.pop("rope_scaling", None)
+        given = {name: kwargs.pop(name, None) for name in ("rope_parameters", "rope_scaling")}
+        rope = given["rope_parameters"] or given["rope_scaling"]
         if rope is None:
             return
+        if not isinstance(rope, dict):
+            raise ValueError(f"rope_parameters={rope!r} must be a dict of rope_theta and partial_rotary_factor")
         known = {"rope_type": "default", "type": "default"}
         for key, value in rope.items():
             if key in known and value != known[key]:
                 raise ValueError(f"rope_parameters[{key!r}]={value!r}: RecurrentGemma has only the default RoPE")
             if key in ("rope_theta", "partial_rotary_factor"):
+                if getattr(self, key) not in (value, getattr(type(self), key)):
+                    raise ValueError(f"rope_parameters[{key!r}]={value!r} contradicts {key}={getattr(self, key)!r}")
                 setattr(self, key, value)
             elif key not in known:
                 raise ValueError(f"rope_parameters[{key!r}]={value!r} is unknown; it may hold rope_theta and "
@@ -184,6 +192,11 @@ class RecurrentGemmaConfig(PreTrainedConfig):
         unknown = sorted(
             key for key in kwargs if key[0] != "_" and key not in _BOOKKEEPING_KEYS and key not in generation
         )
+        if kwargs.get("model_type", self.model_type) != self.model_type:
+            raise ValueError(f"model_type={kwargs['model_type']!r}: this is the config of {self.model_type!r} models")
+        dtype = kwargs.get("torch_dtype") if self.dtype is None else self.dtype
+        if isinstance(dtype, str) and not isinstance(getattr(torch, dtype, None), torch.dtype):
+            raise ValueError(f"dtype={dtype!r} is not a dtype of torch")
         if unknown:
             raise ValueError(
                 f"RecurrentGemmaConfig has no field {', '.join(map(repr, unknown))}; its fields are "
@@ -192,28 +205,52 @@ class RecurrentGemmaConfig(PreTrainedConfig):
 
     def validate_architecture(self) -> None:
         """Raises ValueError, naming the field, where the values describe no possible model."""
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                     "num_key_value_heads", "head_dim", "lru_width", "attention_window_size", "conv1d_width"):  # fmt: skip
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}={value!r} must be a positive whole number")
+        self._validate_sizes(
+            "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+            "num_key_value_heads", "head_dim", "lru_width", "attention_window_size", "conv1d_width",
+        )  # fmt: skip
         for name in ("embeddings_scale_by_sqrt_dim", "attention_bias", "tie_word_embeddings", "use_cache"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be true or false")
         for name, low, high in (
-            ("logits_soft_cap", 0.0, float("inf")), ("attention_dropout", 0.0, 1.0), ("partial_rotary_factor", 0.0, 1.0),
-            ("rope_theta", 1.0, float("inf")), ("rms_norm_eps", 0.0, 1.0), ("w_init_variance_scale", 0.0, float("inf")),
-            ("final_w_init_variance_scale", 0.0, float("inf")),
+            ("logits_soft_cap", 0.0, math.inf), ("attention_dropout", 0.0, 1.0), ("partial_rotary_factor", 0.0, 1.0),
+            ("rope_theta", 1.0, math.inf), ("rms_norm_eps", 0.0, 1.0), ("w_init_variance_scale", 0.0, math.inf),
+            ("final_w_init_variance_scale", 0.0, math.inf),
         ):  # fmt: skip
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
-                raise ValueError(f"{name}={value!r} must be a number from {low} to {high}")
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+            if not is_number or not low <= value <= high:
+                raise ValueError(f"{name}={value!r} must be a finite number from {low} to {high}")
+        if not isinstance(self.hidden_activation, str) or self.hidden_activation not in ACT2FN:
+            raise ValueError(f"hidden_activation={self.hidden_activation!r} must be one of {', '.join(sorted(ACT2FN))}")
+        self._validate_token_ids()
+        for name in ("is_encoder_decoder", "chunk_size_feed_forward"):  # every config of Transformers has these
+            if getattr(self, name):
+                raise ValueError(f"{name}={getattr(self, name)!r} is not something this model can do")
         self._validate_shapes()
 
+    def _validate_sizes(self, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}={value!r} must be a positive whole number")
+
+    def _validate_token_ids(self) -> None:
+        for name in ("pad_token_id", "eos_token_id", "bos_token_id"):
+            value = getattr(self, name)
+            ids = value if name == "eos_token_id" and isinstance(value, list) else [value]
+            for token in ids if value is not None else ():
+                if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < self.vocab_size:
+                    raise ValueError(
+                        f"{name}={value!r} must be None or a token id from 0 to vocab_size - 1 = {self.vocab_size - 1}"
+                    )
+
     def _validate_shapes(self) -> None:
-        unknown = [block for block in self.block_types if block not in BLOCK_TYPES]
-        if unknown or not self.block_types:
+        if not isinstance(self.block_types, (list, tuple)) or not self.block_types:
             raise ValueError(f"block_types={self.block_types!r} must be a non-empty list of {BLOCK_TYPES}")
+        unknown = [block for block in self.block_types if block not in BLOCK_TYPES]
+        if unknown:
+            raise ValueError(f"block_types={self.block_types!r}: {unknown[0]!r} is none of {BLOCK_TYPES}")
         heads = self.num_attention_heads
         if self.intermediate_size % 2:
             raise ValueError(
@@ -231,9 +268,7 @@ class RecurrentGemmaConfig(PreTrainedConfig):
                 f"head_dim={self.head_dim} times num_attention_heads={heads} must be hidden_size={self.hidden_size}"
             )
         if heads % self.num_key_value_heads:
-            raise ValueError(
-                f"num_key_value_heads={self.num_key_value_heads} must divide num_attention_heads={heads}"
-            )
+            raise ValueError(f"num_key_value_heads={self.num_key_value_heads} must divide num_attention_heads={heads}")
         if self.rotary_dim % 2:
             raise ValueError(
                 f"partial_rotary_factor={self.partial_rotary_factor} of head_dim={self.head_dim} rotates "

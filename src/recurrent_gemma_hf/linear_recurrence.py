@@ -95,7 +95,7 @@ def _check_inputs(
     if reset_BT is not None:
         expected.append(("reset_BT", reset_BT, shape[:2]))
     for name, tensor, wanted in expected:
-        if tuple(tensor.shape) != tuple(wanted):
+        if tensor.shape != wanted:
             raise ValueError(
                 f"{name} has shape {tuple(tensor.shape)}: with x_BTD of shape {tuple(shape)} it must be {tuple(wanted)}"
             )
@@ -131,8 +131,8 @@ def linear_recurrence_reference(
         a = a.masked_fill(reset_BT[..., None], 0.0)
     h = torch.zeros_like(x[:, 0]) if h0_BD is None else h0_BD.to(dtype)
     states = []
-    for t in range(x.shape[1]):
-        h = a[:, t] * h + x[:, t]
+    for x_t, a_t in zip(x.unbind(1), a.unbind(1), strict=True):
+        h = a_t * h + x_t
         states.append(h)
     return torch.stack(states, dim=1).to(output_dtype or x_BTD.dtype), h
 
@@ -166,11 +166,12 @@ def _single_step(
 ) -> tuple[Tensor, Tensor]:
     """One step of decoding: nothing to scan, and autograd needs no help."""
     dtype = _accumulation_dtype(x_B1D, a_B1D, h0_BD)
-    x_BD, a_BD = x_B1D[:, 0].to(dtype), a_B1D[:, 0].to(dtype)
+    x_B1D, a_B1D = x_B1D.to(dtype), a_B1D.to(dtype)
     if reset_B1 is not None:
-        a_BD = a_BD.masked_fill(reset_B1, 0.0)
-    h_BD = torch.addcmul(x_BD, a_BD, torch.zeros_like(x_BD) if h0_BD is None else h0_BD.to(dtype))
-    return h_BD[:, None].to(output_dtype), h_BD
+        a_B1D = a_B1D.masked_fill(reset_B1[..., None], 0.0)
+    h0_B1D = torch.zeros_like(x_B1D) if h0_BD is None else h0_BD.to(dtype).unsqueeze(1)
+    h_B1D = torch.addcmul(x_B1D, a_B1D, h0_B1D)
+    return h_B1D.to(output_dtype), h_B1D.squeeze(1)
 
 
 # The recurrence and its adjoint are custom operators, each in the derivative of the other, so that gradients of any

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
@@ -52,9 +52,9 @@ class Step(NamedTuple):
 
     cos_BTr: torch.Tensor  # (B or 1, T, rotary_dim / 2), dtype of the activations
     sin_BTr: torch.Tensor
-    position_BT: torch.Tensor  # (B or 1, T) int64 position of a token in its document
-    is_token_BT: torch.Tensor | None  # bool, False at padding; None where padding cannot matter
-    has_documents: bool  # position_BT may return to 0 within the row
+    reset_BT1: torch.Tensor  # (B or 1, T, 1) bool: a document begins
+    hold_BT1: torch.Tensor | None  # bool, True at padding, where states pass unchanged; None where it cannot matter
+    reach_BTK: torch.Tensor | None  # (B or 1, T, K) 0 or 1: conv taps that stay in the document; None: all do
     attention: AttentionMask | None  # None in a model without attention
 
 
@@ -80,7 +80,7 @@ class RecurrentGemmaRMSNorm(nn.Module):
 def _linear(inputs: int, outputs: int, *, bias: bool, variance_scale: float = 1.0) -> nn.Linear:
     """A linear layer that remembers its official initialisation, std = sqrt(variance_scale / inputs)."""
     layer = nn.Linear(inputs, outputs, bias=bias)
-    layer.init_std = math.sqrt(variance_scale / inputs)
+    layer.init_std = math.sqrt(variance_scale / inputs)  # type: ignore[assignment]  # read by _init_weights
     return layer
 
 
@@ -116,7 +116,8 @@ class AttentionMask(NamedTuple):
     diagonal: int | None  # keys are in order and query t is key diagonal + t; None: they are not
     plain: bool  # no padding, no documents and no past: every row and every block of queries looks alike
     ordered: bool  # the cache is to return the keys in order
-    prepared: Any = None  # what the attention implementation reads instead of all this
+    in_blocks: bool = False  # long enough for `attend_in_blocks`
+    prepared: Any = None  # what the attention implementation gets: made once, for all layers
 
     def visible(self, queries: slice = slice(None), keys: slice = slice(None)) -> torch.Tensor:
         """(B or 1, 1, T', K') bool for a block of queries and keys."""
@@ -189,9 +190,7 @@ def attend_in_blocks(
     T, W = q_BHTh.shape[2], mask.window
     starts = range(0, T, QUERY_BLOCK)
     pad = (0, 0, W - mask.diagonal, len(starts) * QUERY_BLOCK - T)
-    k_bands, v_bands = (
-        F.pad(x, pad).unfold(2, W + QUERY_BLOCK, QUERY_BLOCK).unbind(2) for x in (k_BGKh, v_BGKh)
-    )
+    k_bands, v_bands = (F.pad(x, pad).unfold(2, W + QUERY_BLOCK, QUERY_BLOCK).unbind(2) for x in (k_BGKh, v_BGKh))
     outputs, inner = [], None
     for start, k_band, v_band in zip(starts, k_bands, v_bands, strict=True):
         size = min(QUERY_BLOCK, T - start)
@@ -237,7 +236,7 @@ class RecurrentGemmaAttention(nn.Module):
         )
 
     def forward(
-        self, x_BTE: torch.Tensor, step: Step, cache: Cache | None, output_attentions: bool = False, **kwargs: Any
+        self, x_BTE: torch.Tensor, step: Step, cache: Cache | None, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         shape = (*x_BTE.shape[:2], -1, self.head_dim)
         q = rotate(self.q_proj(x_BTE).view(shape).transpose(1, 2), step.cos_BTr, step.sin_BTr)
@@ -250,10 +249,10 @@ class RecurrentGemmaAttention(nn.Module):
         implementation = self.config._attn_implementation
         if implementation in LOCAL_IMPLEMENTATIONS:
             attend = LOCAL_IMPLEMENTATIONS[implementation]
-            out, weights = self._attend(attend, q, k, v, step.attention, dropout, output_attentions)
+            out, weights = self._attend(attend, q, k, v, step.attention, dropout)
             out = out.transpose(1, 2)
         else:
-            out, weights = ALL_ATTENTION_FUNCTIONS[implementation](
+            out, weights = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention)(
                 self, q, k, v, step.attention.prepared, dropout=dropout, scaling=self.scaling,
                 sliding_window=self.config.sliding_window, is_causal=True, **kwargs,
             )  # fmt: skip
@@ -267,15 +266,10 @@ class RecurrentGemmaAttention(nn.Module):
         v: torch.Tensor,
         mask: AttentionMask,
         dropout: float,
-        whole: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        if mask.prepared is not None:
-            return attend(q, k, v, mask.prepared, dropout)
-        if mask.diagonal is not None and k.shape[2] > mask.window + 2 * QUERY_BLOCK and not whole:
+        if mask.in_blocks:
             return attend_in_blocks(attend, q, k, v, mask, dropout), None
-        if mask.plain and q.shape[2] <= mask.window + 1 and attend is sdpa_attention:
-            return attend(q, k, v, None, dropout)  # the window reaches every earlier key: plainly causal
-        return attend(q, k, v, mask.visible(), dropout)
+        return attend(q, k, v, mask.prepared, dropout)
 
 
 # --- The recurrent block ------------------------------------------------------------------------------------------
@@ -286,7 +280,7 @@ class RgLruCoefficients(torch.autograd.Function):
 
     Recomputes everything in its backward: three activations are saved instead of nine. The derivative of the square
     root is bounded as in the official code. Inputs (B, T, D) before the sigmoids, softplus(Lambda) (D,) in float32;
-    `reset` and `hold` (B or 1, T, 1) bool or None. Outputs a and x' in float32 (float64 for float64).
+    `reset` (B or 1, T, 1) bool, `hold` likewise or None. Outputs a and x' in float32 (float64 for float64).
     """
 
     @staticmethod
@@ -298,49 +292,50 @@ class RgLruCoefficients(torch.autograd.Function):
         return r, i, log_a, 1.0 - torch.exp(2.0 * log_a)
 
     @staticmethod
-    def forward(
-        ctx: Any,
+    def compute(
         r_pre: torch.Tensor,
         i_pre: torch.Tensor,
         x: torch.Tensor,
         softplus_D: torch.Tensor,
-        reset: torch.Tensor | None,
+        reset: torch.Tensor,
         hold: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        ctx.save_for_backward(r_pre, i_pre, x, softplus_D, reset, hold)
         _, i, log_a, one_minus_a2 = RgLruCoefficients._parts(r_pre, i_pre, softplus_D)
         a, multiplier = log_a.exp_(), one_minus_a2.sqrt_()
-        if reset is not None:  # a document begins: nothing of the past, and x enters undamped
-            a, multiplier = a.masked_fill_(reset, 0.0), multiplier.masked_fill_(reset, 1.0)
+        # A document begins: nothing of the past, and x enters undamped.
+        a, multiplier = a.masked_fill_(reset, 0.0), multiplier.masked_fill_(reset, 1.0)
         gated = multiplier.mul_(i).mul_(x)
         if hold is not None:  # padding: the state passes unchanged
             a, gated = a.masked_fill_(hold, 1.0), gated.masked_fill_(hold, 0.0)
         return a, gated
 
     @staticmethod
+    def forward(ctx: Any, *inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx.save_for_backward(*inputs)
+        return RgLruCoefficients.compute(*inputs)
+
+    @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_a: torch.Tensor, grad_gated: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        r_pre, i_pre, x, softplus_D, reset, hold = ctx.saved_tensors
+        saved_tensors = ctx.saved_tensors  # read once: activation checkpointing refuses a second time
+        r_pre, i_pre, x, softplus_D, reset, hold = saved_tensors
         r, i, log_a, one_minus_a2 = RgLruCoefficients._parts(r_pre, i_pre, softplus_D)
         x = x.to(softplus_D.dtype)
         if hold is not None:
             grad_a, grad_gated = grad_a.masked_fill(hold, 0.0), grad_gated.masked_fill(hold, 0.0)
-        multiplier = one_minus_a2.sqrt()
-        if reset is not None:
-            multiplier = multiplier.masked_fill_(reset, 1.0)
+        multiplier = one_minus_a2.sqrt().masked_fill_(reset, 1.0)
         grad_x = grad_gated * multiplier
         grad_i = grad_x * x * i * (1.0 - i)
         grad_x = grad_x.mul_(i)
         grad_square = grad_gated * i * x / torch.clamp(4.0 * one_minus_a2, min=MIN_4X_IN_SQRT_GRADIENT).sqrt_()
         a = log_a.exp_()
         grad_log_a = a.mul(grad_a).sub_(grad_square.mul_(2.0).mul_(a).mul_(a))
-        if reset is not None:
-            grad_log_a = grad_log_a.masked_fill_(reset, 0.0)
-        grad_log_a = grad_log_a.mul_(-RG_LRU_C).mul_(r)
+        grad_log_a = grad_log_a.masked_fill_(reset, 0.0).mul_(-RG_LRU_C).mul_(r)
         grad_softplus = grad_log_a.sum((0, 1))
         grad_r = grad_log_a.mul_(softplus_D).mul_(1.0 - r)
         grads = (grad_r, grad_i, grad_x)
-        return *(grad.to(saved.dtype) for grad, saved in zip(grads, ctx.saved_tensors[:3], strict=True)), grad_softplus, None, None  # fmt: skip
+        grads = tuple(grad.to(saved.dtype) for grad, saved in zip(grads, saved_tensors[:3], strict=True))
+        return *grads, grad_softplus, None, None
 
 
 class RecurrentGemmaRglru(nn.Module):
@@ -367,10 +362,68 @@ class RecurrentGemmaRglru(nn.Module):
         i_pre = self._gate(x_BTD, self.input_gate_weight, self.input_gate_bias)
         dtype = torch.promote_types(x_BTD.dtype, torch.float32)
         softplus_D = F.softplus(self.recurrent_param.to(dtype))
-        reset = (step.position_BT == 0)[..., None]
-        hold = None if step.is_token_BT is None else ~step.is_token_BT[..., None]
-        a, gated = RgLruCoefficients.apply(r_pre, i_pre, x_BTD, softplus_D, reset, hold)
+        coefficients = _differentiable(RgLruCoefficients)
+        a, gated = coefficients(r_pre, i_pre, x_BTD, softplus_D, step.reset_BT1, step.hold_BT1)
         return linear_recurrence(gated, a, h0_BD)
+
+
+class CausalConv1d(torch.autograd.Function):
+    """Depthwise causal convolution of (B, K - 1 + T, D), the context in front, to (B, T, D); weight (D, 1, K).
+
+    `reach` (B or 1, T, K) of 0 and 1 or None (all 1) keeps it from reading across the start of a document. By hand,
+    because a sum of shifted products in place is twice as fast on a CPU as any other form, forward and backward, and
+    keeps time before the channels.
+    """
+
+    @staticmethod
+    def compute(
+        full: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, reach: torch.Tensor | None
+    ) -> torch.Tensor:
+        weight_KD = weight[:, 0].t()
+        K, T = weight_KD.shape[0], full.shape[1] - weight_KD.shape[0] + 1
+        if T == 1:  # one product instead of K
+            seen = full if reach is None else full * reach.transpose(1, 2)
+            return (seen * weight_KD).sum(1, keepdim=True) + bias
+        weight_KD = weight_KD.contiguous()
+        out = bias.expand(full.shape[0], T, -1).clone()
+        for tap in range(K):
+            x = full[:, tap : tap + T]
+            out.addcmul_(x if reach is None else x * reach[..., tap, None], weight_KD[tap])
+        return out
+
+    @staticmethod
+    def forward(
+        ctx: Any, full: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, reach: torch.Tensor | None
+    ) -> torch.Tensor:
+        ctx.save_for_backward(full, weight, reach)
+        return CausalConv1d.compute(full, weight, bias, reach)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        full, weight, reach = ctx.saved_tensors
+        weight_KD = weight[:, 0].t().contiguous()
+        T = grad.shape[1]
+        grad_full, grad_taps = torch.zeros_like(full), []
+        for tap, weight_D in enumerate(weight_KD):
+            seen = grad if reach is None else grad * reach[..., tap, None]
+            grad_full[:, tap : tap + T].addcmul_(seen, weight_D)
+            grad_taps.append((full[:, tap : tap + T] * seen).sum((0, 1)))
+        return grad_full, torch.stack(grad_taps, dim=1)[:, None], grad.sum((0, 1)), None
+
+
+def _differentiable(function: type[RgLruCoefficients] | type[CausalConv1d]) -> Callable[..., Any]:
+    """Its autograd form, or just its computation where no gradients are wanted: decoding feels the difference."""
+    return function.apply if torch.is_grad_enabled() else function.compute
+
+
+class RecurrentGemmaConv1d(nn.Conv1d):
+    """The convolution's parameters under their published names. A module that is called, and not only read, because
+    accelerate's offloading and ZeRO-3 fetch parameters when the module that owns them is called."""
+
+    def forward(self, input: torch.Tensor, reach: torch.Tensor | None = None) -> torch.Tensor:
+        weight, bias = self.weight.to(input.dtype), self.bias.to(input.dtype)
+        return _differentiable(CausalConv1d)(input, weight, bias, reach)
 
 
 class RecurrentGemmaRecurrentBlock(nn.Module):
@@ -384,10 +437,8 @@ class RecurrentGemmaRecurrentBlock(nn.Module):
         self.linear_y = _linear(E, D, bias=True)
         self.linear_x = _linear(E, D, bias=True)
         self.linear_out = _linear(D, E, bias=True, variance_scale=config.final_w_init_variance_scale)
-        # Holds the parameters under their published names; the product itself is `_conv`, which keeps time before
-        # the channels and documents apart.
-        self.conv_1d = nn.Conv1d(D, D, kernel_size=config.conv1d_width, groups=D)
-        self.conv_1d.init_std = math.sqrt(config.w_init_variance_scale / config.conv1d_width)
+        self.conv_1d = RecurrentGemmaConv1d(D, D, kernel_size=config.conv1d_width, groups=D)
+        self.conv_1d.init_std = math.sqrt(config.w_init_variance_scale / config.conv1d_width)  # type: ignore[assignment]
         self.rg_lru = RecurrentGemmaRglru(config)
         self.act_fn = ACT2FN[config.hidden_activation]
 
@@ -403,23 +454,12 @@ class RecurrentGemmaRecurrentBlock(nn.Module):
             full = F.pad(full, (0, 0, max(0, context + u.shape[1] - full.shape[1]), 0))
             full = full[:, full.shape[1] - context - u.shape[1] :].to(u.dtype)
         h0 = layer.recurrent_states[0] if layer is not None and layer.is_recurrent_states_initialized[0] else None
-        states, last = self.rg_lru(self._conv(full, step), step, h0)
+        if h0 is not None and torch.is_grad_enabled():
+            h0 = h0.clone()  # the backward pass reads it, after the cache has overwritten its own
+        states, last = self.rg_lru(self.conv_1d(full, step.reach_BTK), step, h0)
         if layer is not None:
             cache.update_recurrent_state(last, self.layer_idx, history=states if layer.record_past else None)
         return self.linear_out((states * self.act_fn(self.linear_y(x_BTE))).to(x_BTE.dtype)), None
-
-    def _conv(self, full: torch.Tensor, step: Step) -> torch.Tensor:
-        """Depthwise causal convolution of (B, K - 1 + T, D) to (B, T, D); never reads across a document's start."""
-        weight_KD = self.conv_1d.weight[:, 0].t().to(full.dtype)
-        context = self.conv1d_width - 1
-        T = full.shape[1] - context
-        out = torch.addcmul(self.conv_1d.bias.to(full.dtype), full[:, context:], weight_KD[context])
-        for back in range(1, context + 1):
-            earlier = full[:, context - back : context - back + T]
-            if step.has_documents:
-                earlier = earlier * (step.position_BT >= back)[..., None].to(full.dtype)
-            out = torch.addcmul(out, earlier, weight_KD[context - back])
-        return out
 
 
 class RecurrentGemmaDecoderLayer(GradientCheckpointingLayer):
@@ -465,7 +505,7 @@ class RecurrentGemmaPreTrainedModel(PreTrainedModel):
         """The official initialisation. One module, one rule: Transformers visits a module of another package only if
         it owns parameters, so a block cannot initialise its children."""
         if isinstance(module, (nn.Linear, nn.Conv1d)):
-            std = getattr(module, "init_std", None) or module.weight.shape[-1] ** -0.5
+            std = getattr(module, "init_std", module.weight.shape[-1] ** -0.5)
             init.normal_(module.weight, mean=0.0, std=std)
             if module.bias is not None:
                 init.zeros_(module.bias)
@@ -490,15 +530,8 @@ class RecurrentGemmaPreTrainedModel(PreTrainedModel):
         dtype is float32: bfloat16 is emulated there, ten times slower.
         """
         want_info = kwargs.pop("output_loading_info", False)
-        if kwargs.get("dtype", kwargs.get("torch_dtype")) is None and _is_cpu_without_bfloat16(kwargs):
-            kwargs["dtype"] = torch.float32
-            logger.warning_once(
-                "This CPU has no bfloat16 instructions: loading in float32, which is several times faster here and takes twice "
-                "the memory. Pass dtype=torch.bfloat16 to keep bfloat16."
-            )
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
-        )
+        no_dtype_asked_for = kwargs.get("dtype", kwargs.get("torch_dtype")) in (None, "auto")  # pipeline says "auto"
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         heads = ("lm_head.", "score.", "qa_outputs.")
         for kind in ("missing", "unexpected"):
             names = sorted(name for name in info[f"{kind}_keys"] if not name.startswith(heads))
@@ -508,12 +541,28 @@ class RecurrentGemmaPreTrainedModel(PreTrainedModel):
                     f"{len(names)} weights of {pretrained_model_name_or_path} are {kind}: {shown}. Is this a "
                     "RecurrentGemma checkpoint, and does its config.json describe it?"
                 )
+        if no_dtype_asked_for:
+            model._leave_slow_bfloat16()
         return (model, info) if want_info else model
+
+    def _leave_slow_bfloat16(self) -> None:
+        """Converts to float32, once loaded, where bfloat16 would be emulated; leaves what is offloaded or quantized."""
+        devices = {parameter.device.type for parameter in self.parameters()}
+        is_quantized = getattr(self, "hf_quantizer", None) is not None
+        if self.dtype != torch.bfloat16 or devices != {"cpu"} or is_quantized or not _is_cpu_without_bfloat16({}):
+            return
+        logger.warning_once(
+            "This CPU has no bfloat16 instructions: loading in float32, which is several times faster here and takes "
+            "twice the memory. Pass dtype=torch.bfloat16 to keep bfloat16."
+        )
+        self.float()
+        self.config.dtype = torch.float32
 
 
 def _is_cpu_without_bfloat16(kwargs: dict[str, Any]) -> bool:
     device = kwargs.get("device_map") or torch.get_default_device()
-    return str(device) == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    has_onednn = torch.backends.mkldnn.is_available()  # without it, as on a Mac, there is nothing to ask
+    return str(device) == "cpu" and has_onednn and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def _unpacked(x: torch.Tensor, index_BT: torch.Tensor | None, dim: int = 1) -> torch.Tensor:
@@ -538,6 +587,8 @@ class RecurrentGemmaModel(RecurrentGemmaPreTrainedModel):
         self.layers = nn.ModuleList(RecurrentGemmaDecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.final_norm = RecurrentGemmaRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.gradient_checkpointing = False
+        blocks = config.layers_block_type
+        self.first_attention = blocks.index("attention") if "attention" in blocks else None
         self.post_init()
 
     @can_return_tuple
@@ -545,7 +596,7 @@ class RecurrentGemmaModel(RecurrentGemmaPreTrainedModel):
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | dict[str, torch.Tensor | None] | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
@@ -571,16 +622,11 @@ class RecurrentGemmaModel(RecurrentGemmaPreTrainedModel):
         x = self._embed(input_ids, inputs_embeds)
         B, T = x.shape[:2]
         cache = self._cache(past_key_values, use_cache)
-        output_hidden_states = _default(output_hidden_states, self.config.output_hidden_states)
-        output_attentions = _default(output_attentions, self.config.output_attentions)
-        if output_attentions and self.config._attn_implementation != "eager":
-            raise ValueError(
-                f"output_attentions needs attn_implementation='eager', this model has "
-                f"{self.config._attn_implementation!r}; call model.set_attn_implementation('eager')"
-            )
+        output_hidden_states = bool(_default(output_hidden_states, self.config.output_hidden_states))
+        output_attentions = bool(_default(output_attentions, self.config.output_attentions))
         mask = InputMask.read(attention_mask, cache, B, T)
-        if position_ids is not None and position_ids.shape not in ((B, T), (1, T)):
-            raise ValueError(f"position_ids of shape {tuple(position_ids.shape)} must be ({B} or 1, {T})")
+        # Everything that can be wrong is found before the cache moves on.
+        self._check(mask, position_ids, cache, output_attentions, (B, T))
         is_own = isinstance(cache, RecurrentGemmaCache)
         pack = None
         if mask.tokens is not None and T > 1 and (cache is None or is_own):
@@ -588,19 +634,29 @@ class RecurrentGemmaModel(RecurrentGemmaPreTrainedModel):
             x = _unpacked(x, pack)
             position_ids = None if position_ids is None else _unpacked(position_ids.expand(B, T), pack)
         if is_own:
-            cache.check_config(self.config)
             cache.begin_forward(B, T, x.device, mask.tokens)
-        step = self._step(x, mask, position_ids, cache, pack is not None, bool(output_attentions))
+        step = self._step(x, mask, position_ids, cache, pack is not None, output_attentions)
         unpack = None if pack is None else pack.argsort(dim=1)
         if "flash" in self.config._attn_implementation and cache is None and position_ids is not None:
             kwargs["position_ids"] = position_ids  # how Transformers' flash attention learns of packed documents
+        return self._run_layers(x, step, cache, unpack, output_hidden_states, output_attentions, **kwargs)
 
+    def _run_layers(
+        self,
+        x: torch.Tensor,
+        step: Step,
+        cache: Cache | None,
+        unpack: torch.Tensor | None,
+        output_hidden_states: bool,
+        output_attentions: bool,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
         hidden_states: list[torch.Tensor] = []
         attentions: list[torch.Tensor] = []
         for layer in self.layers:
             if output_hidden_states:
                 hidden_states.append(_unpacked(x, unpack))
-            x, weights = layer(x, step, past_key_values=cache, output_attentions=bool(output_attentions), **kwargs)
+            x, weights = layer(x, step, past_key_values=cache, **kwargs)
             if output_attentions and weights is not None:
                 attentions.append(_unpacked_attention(weights, unpack))
         x = _unpacked(self.final_norm(x), unpack)
@@ -610,6 +666,39 @@ class RecurrentGemmaModel(RecurrentGemmaPreTrainedModel):
             hidden_states=(*hidden_states, x) if output_hidden_states else None,
             attentions=tuple(attentions) if output_attentions else None,
         )
+
+    def _check(
+        self,
+        mask: InputMask,
+        position_ids: torch.Tensor | None,
+        cache: Cache | None,
+        output_attentions: bool,
+        shape: tuple[int, int],
+    ) -> None:
+        implementation = self.config._attn_implementation
+        if output_attentions and implementation != "eager":
+            raise ValueError(
+                f"output_attentions needs attn_implementation='eager', this model has {implementation!r}; call "
+                "model.set_attn_implementation('eager')"
+            )
+        B, T = shape
+        if position_ids is not None and position_ids.shape not in ((B, T), (1, T)):
+            raise ValueError(f"position_ids of shape {tuple(position_ids.shape)} must be ({B} or 1, {T})")
+        if isinstance(cache, RecurrentGemmaCache):
+            cache.check_config(self.config)
+        if mask.custom is None or self.first_attention is None:
+            return
+        if implementation not in LOCAL_IMPLEMENTATIONS:
+            raise ValueError(f"a 4D attention_mask needs attn_implementation 'eager' or 'sdpa', not {implementation!r}")
+        K = T
+        if isinstance(cache, RecurrentGemmaCache):
+            K += min(self.config.attention_window_size, mask.seen)
+        elif cache is not None:
+            K = cache.get_mask_sizes(T, self.first_attention)[0]
+        if mask.custom.shape[2] != T or not K <= mask.custom.shape[3] <= max(K, mask.seen + T):
+            raise ValueError(
+                f"a 4D attention_mask of shape {tuple(mask.custom.shape)} must be (batch or 1, heads or 1, {T}, {K})"
+            )
 
     def _embed(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
         if (input_ids is None) == (inputs_embeds is None):
@@ -644,7 +733,8 @@ class RecurrentGemmaModel(RecurrentGemmaPreTrainedModel):
             if past_key_values is not None:
                 raise ValueError("gradient checkpointing would run the cache twice; train without past_key_values")
             return None
-        if past_key_values is None and (use_cache or (use_cache is None and self.config.use_cache and not self.training)):
+        wanted = self.config.use_cache and not self.training if use_cache is None else use_cache
+        if past_key_values is None and wanted:
             return RecurrentGemmaCache(self.config)
         return past_key_values
 
@@ -672,14 +762,21 @@ class RecurrentGemmaModel(RecurrentGemmaPreTrainedModel):
                 position = cache.progress.past_lengths.to(x.device)[:, None] + columns
         r = self.config.rotary_dim // 2
         exponent = torch.arange(r, device=x.device, dtype=torch.float32) / r
-        angle = position[..., None].float() / self.config.rope_theta**exponent
+        # Times the reciprocal, as the official code: divided by, angles far into a text differ in their last bits.
+        angle = position[..., None].float() * (1.0 / self.config.rope_theta**exponent)
         attention = None
-        if "attention" in self.config.layers_block_type:
+        if self.first_attention is not None:
             attention = self._attention_mask(mask, position, is_token, cache, output_attentions)
             plain = attention.plain and position_ids is None
-            attention = _prepared(attention._replace(plain=plain), mask, self.config._attn_implementation, (B, T))
-        has_documents = position_ids is not None or (is_foreign and is_token is not None)
-        return Step(angle.cos().to(x.dtype), angle.sin().to(x.dtype), position, is_token, has_documents, attention)
+            attention = attention._replace(plain=plain)
+            attention = _prepared(attention, mask, self.config._attn_implementation, B, output_attentions)
+        reach = None
+        if position_ids is not None or (is_foreign and is_token is not None):  # else there is one document, unpadded
+            back = torch.arange(self.config.conv1d_width - 1, -1, -1, device=x.device)
+            reach = (position[..., None] >= back).to(x.dtype)
+        hold = None if is_token is None else ~is_token[..., None]
+        cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+        return Step(cos, sin, (position == 0)[..., None], hold, reach, attention)
 
     def _attention_mask(
         self,
@@ -695,10 +792,11 @@ class RecurrentGemmaModel(RecurrentGemmaPreTrainedModel):
         if cache is None:
             return AttentionMask(columns, columns, reach, None, None, W, 0, plain=True, ordered=False)
         if not isinstance(cache, RecurrentGemmaCache):
-            K, offset = cache.get_mask_sizes(T, self.config.layers_block_type.index("attention"))
+            K, offset = cache.get_mask_sizes(T, self.first_attention)
             query, key = mask.seen + columns, offset + torch.arange(K, device=position.device)[None]
-            diagonal = K - T if K - T == mask.seen - offset else None
-            return AttentionMask(query, key, reach, is_token, mask.keys(offset, K), W, diagonal, plain=False, ordered=False)
+            diagonal = mask.seen - offset if mask.seen - offset + T == K else None
+            key_is_token = mask.keys(offset, K)
+            return AttentionMask(query, key, reach, is_token, key_is_token, W, diagonal, plain=False, ordered=False)
         past = cache.progress.past_lengths.to(position.device)[:, None]
         in_order = T > 1 or output_attentions or mask.custom is not None or torch.is_grad_enabled()
         in_order = in_order or "flash" in self.config._attn_implementation
@@ -785,24 +883,20 @@ def _columns_seen(cache: Cache) -> int:
         return 0
 
 
-def _prepared(
-    attention: AttentionMask, mask: InputMask, implementation: str, shape: tuple[int, int]
-) -> AttentionMask:
-    """Translates the mask for implementations other than our eager and sdpa, and checks a custom one."""
-    (_, T), K = shape, attention.key_rank.shape[1]
+def _prepared(attention: AttentionMask, mask: InputMask, implementation: str, B: int, whole: bool) -> AttentionMask:
+    """Makes what the attention implementation reads; `whole`: all probabilities at once are wanted."""
+    T, K = attention.reach.shape[1], attention.key_rank.shape[1]
     if mask.custom is not None:
-        custom = mask.custom
-        if custom.shape[2] != T or custom.shape[3] < K or custom.shape[3] > max(K, mask.seen + T):
-            raise ValueError(f"a 4D attention_mask of shape {tuple(custom.shape)} must be (batch or 1, heads or 1, {T}, {K})")
-        if implementation not in LOCAL_IMPLEMENTATIONS:
-            raise ValueError(f"a 4D attention_mask needs attn_implementation 'eager' or 'sdpa', not {implementation!r}")
-        return attention._replace(prepared=custom[..., custom.shape[3] - K :])
-    if implementation in LOCAL_IMPLEMENTATIONS:
-        return attention
+        return attention._replace(prepared=mask.custom[..., mask.custom.shape[3] - K :])
     if implementation == "flex_attention":
-        return attention._replace(prepared=_flex_mask(attention, shape))
+        return attention._replace(prepared=_flex_mask(attention, (B, T)))
     if "flash" in implementation:
-        return attention._replace(prepared=_flash_mask(attention, shape[0]))
+        return attention._replace(prepared=_flash_mask(attention, B))
+    if implementation in LOCAL_IMPLEMENTATIONS:
+        if attention.diagonal is not None and attention.window + 2 * QUERY_BLOCK < K and not whole:
+            return attention._replace(in_blocks=True)
+        if implementation == "sdpa" and attention.plain and attention.window >= T - 1:
+            return attention  # the window reaches every earlier key: plainly causal
     return attention._replace(prepared=attention.visible())
 
 
@@ -959,7 +1053,7 @@ class RecurrentGemmaForCausalLM(RecurrentGemmaPreTrainedModel, GenerationMixin):
         if mask is not None and mask.ndim == 2 and T > 1 and not mask[:, -1].all():
             tokens, earlier = mask[:, -T:].bool(), mask[:, :-T].bool()
             if (earlier.any(1) & ~tokens.any(1)).any():
-                raise ValueError("padding on the right does not go with prefill_chunk_size; pad the prompts on the left")
+                raise ValueError("padding on the right does not go with prefill_chunk_size; pad prompts on the left")
             last = (tokens * torch.arange(1, T + 1, device=mask.device)).argmax(1, keepdim=True)
             model_inputs["logits_to_keep"] = last.to(new.device)
         return model_inputs

@@ -1,0 +1,97 @@
+"""Decoding on a CPU, batch 1: milliseconds per token, ours beside its peers, and the 2B shape beside its floor.
+
+    python benchmarks/decode.py                 # small models: ours, Transformers' own RecurrentGemma, Gemma
+    python benchmarks/decode.py --shape 2b      # RecurrentGemma-2B with random weights (11 GB in float32)
+
+The floor of a token is the time to read every weight once, at the bandwidth that a matrix-vector product reaches in
+the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from typing import Any
+
+import torch
+from peers import gemma, in_tree_recurrent_gemma, our_config, ours, parameters, read_bandwidth, recorded
+
+from recurrent_gemma_hf import RecurrentGemmaConfig, RecurrentGemmaForCausalLM
+
+COLUMNS = [
+    "model",
+    "context",
+    "dtype",
+    "parameters",
+    "ms/token",
+    "tokens/s",
+    "floor ms",
+    "share of floor",
+    "times ours",
+]
+
+
+@torch.inference_mode()
+def ms_per_token(model: torch.nn.Module, context: int, tokens: int) -> float:
+    """Fastest mean of three runs of `tokens` single-token forwards after a prompt of `context` tokens."""
+    model.eval()
+    vocab = model.config.vocab_size
+    out = model(input_ids=torch.randint(2, vocab, (1, context)), use_cache=True, logits_to_keep=1)
+    cache: dict[str, Any] = {"use_cache": True}
+    if "past_key_values" in out:  # the in-tree model keeps its state on its modules
+        cache["past_key_values"] = out.past_key_values
+    best, position = float("inf"), context
+    for _ in range(3):
+        start = time.perf_counter()
+        for _ in range(tokens):
+            ids, positions = torch.randint(2, vocab, (1, 1)), torch.tensor([[position]])
+            model(input_ids=ids, position_ids=positions, logits_to_keep=1, **cache)
+            position += 1
+        best = min(best, (time.perf_counter() - start) / tokens)
+    return best * 1e3
+
+
+def random_2b(dtype: torch.dtype) -> torch.nn.Module:
+    """The 2B shape without the minutes that its initialisation takes."""
+    with torch.device("meta"):
+        model = RecurrentGemmaForCausalLM(RecurrentGemmaConfig.from_preset("recurrentgemma-2b")).to(dtype)
+    model = model.to_empty(device="cpu")
+    model.tie_weights()
+    for parameter in model.parameters():
+        torch.nn.init.uniform_(parameter, -0.01, 0.01)
+    return model
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=["small", "2b"], default="small")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--tokens", type=int)
+    args = parser.parse_args()
+    dtype = getattr(torch, args.dtype)
+    bandwidth = read_bandwidth()
+    print(f"read bandwidth {bandwidth / 1e9:.1f} GB/s")
+    if args.shape == "2b":
+        models, contexts, tokens = {"ours, 2B shape": random_2b(dtype)}, [8], args.tokens or 8
+    else:
+        config = our_config(hidden_size=512, layers=6, heads=8, window=1024, vocab_size=1024)
+        models = {"ours": ours(config), "in-tree": in_tree_recurrent_gemma(config), "gemma": gemma(config)}
+        models = {name: model.to(dtype) for name, model in models.items()}
+        contexts, tokens = [128, 1024, 8192], args.tokens or 64
+    with recorded(f"cpu_decode_{args.shape}_{args.dtype}", COLUMNS) as add:
+        for context in contexts:
+            reference = 0.0
+            for name, model in models.items():
+                took = ms_per_token(model, context, tokens)
+                reference = reference or took
+                size = sum(p.numel() * p.element_size() for p in model.parameters())
+                floor = size / bandwidth * 1e3
+                add({
+                    "model": name, "context": context, "dtype": args.dtype, "parameters": parameters(model),
+                    "ms/token": took, "tokens/s": 1e3 / took, "floor ms": floor, "share of floor": floor / took,
+                    "times ours": took / reference, "read GB/s": bandwidth / 1e9,
+                })  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

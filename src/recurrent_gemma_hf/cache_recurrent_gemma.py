@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import os
-import tempfile
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -558,14 +558,12 @@ class RecurrentGemmaCache(Cache):
         tensors["lengths"] = self.progress.lengths.cpu()
         metadata = {"format": FORMAT, "fingerprint": self._fingerprint, "columns": str(self.progress.columns)}
         target = Path(path)
-        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=target.name, suffix=".tmp")
-        os.close(handle)
+        temporary = target.with_name(f".{target.name}.{os.getpid()}.{threading.get_ident()}.tmp")
         try:
             save_file(tensors, temporary, metadata=metadata)
-            os.replace(temporary, target)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+            temporary.replace(target)
+        finally:
+            temporary.unlink(missing_ok=True)
 
     @classmethod
     def load(

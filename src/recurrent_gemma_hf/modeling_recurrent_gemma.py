@@ -24,6 +24,7 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
+from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
@@ -948,6 +949,14 @@ def _kept(x_BTE: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tens
     return x_BTE[:, logits_to_keep]
 
 
+def _without_first_tokens(labels_BT: torch.Tensor, attention_mask: Any) -> torch.Tensor:
+    """Ignores labels that padding would have to predict, so that a padded row has the loss of the row alone."""
+    if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2:
+        return labels_BT
+    before = attention_mask[:, -labels_BT.shape[1] :][:, :-1] == 0
+    return labels_BT.masked_fill(F.pad(before, (1, 0)).to(labels_BT.device), -100)
+
+
 class RecurrentGemmaForCausalLM(RecurrentGemmaPreTrainedModel, GenerationMixin):
     """The language model: next-token logits, soft-capped as c tanh(logits / c)."""
 
@@ -968,7 +977,7 @@ class RecurrentGemmaForCausalLM(RecurrentGemmaPreTrainedModel, GenerationMixin):
         position_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
-        labels: torch.LongTensor | None = None,
+        labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         output_hidden_states: bool | None = None,
@@ -1002,6 +1011,7 @@ class RecurrentGemmaForCausalLM(RecurrentGemmaPreTrainedModel, GenerationMixin):
             logits = torch.tanh(logits / cap) * cap
         loss = None
         if labels is not None:
+            labels = _without_first_tokens(labels, attention_mask)
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
@@ -1013,10 +1023,14 @@ class RecurrentGemmaForCausalLM(RecurrentGemmaPreTrainedModel, GenerationMixin):
 
     # --- generate() ---
 
-    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> None:
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: GenerationMode, *args: Any
+    ) -> None:
         """Every `cache_implementation` is a RecurrentGemmaCache: it is dynamic and static at once."""
+        if generation_mode == GenerationMode.ASSISTED_GENERATION:
+            self._check_speculation(model_kwargs)
         if model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False:
-            return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
+            return super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, *args)
         kind = generation_config.cache_implementation or "dynamic"
         if "offloaded" in kind or kind == "quantized":
             logger.warning_once(
@@ -1028,6 +1042,21 @@ class RecurrentGemmaForCausalLM(RecurrentGemmaPreTrainedModel, GenerationMixin):
             cache.activate_past_recording()
         model_kwargs["past_key_values"] = cache
         return None
+
+    def _check_speculation(self, model_kwargs: dict[str, Any]) -> None:
+        """Drafts stand directly behind the text, and what the model does not confirm is taken back from the cache."""
+        mask, cache = model_kwargs.get("attention_mask"), model_kwargs.get("past_key_values")
+        if mask is not None and mask.ndim == 2 and not mask[:, -1].all():
+            raise ValueError(
+                "padding on the right does not go with assisted and prompt-lookup decoding: drafts follow the last "
+                "column; leave the padding out, or pad on the left"
+            )
+        is_foreign = cache is not None and not isinstance(cache, RecurrentGemmaCache)
+        if is_foreign and "recurrent" in self.config.layers_block_type:
+            raise ValueError(
+                f"a {type(cache).__name__} cannot take back the state of recurrent layers, as assisted and "
+                "prompt-lookup decoding need; use a RecurrentGemmaCache (the default)"
+            )
 
     def _prepare_position_ids_for_generation(self, inputs_tensor: torch.Tensor, model_kwargs: dict[str, Any]) -> Any:
         """Positions count tokens; padding behind them repeats the last one, so that the next token follows on."""

@@ -447,7 +447,7 @@ class RecurrentGemmaRecurrentBlock(nn.Module):
         u = self.linear_x(x_BTE)
         layer = None if cache is None else cache.layers[self.layer_idx]
         context = self.conv1d_width - 1
-        if layer is None:
+        if layer is None or (context == 0 and not isinstance(cache, RecurrentGemmaCache)):
             full = F.pad(u, (0, 0, context, 0))
         else:
             full = cache.update_conv_state(u.transpose(1, 2), self.layer_idx, conv_kernel_size=context).transpose(1, 2)
@@ -699,6 +699,12 @@ class RecurrentGemmaModel(RecurrentGemmaPreTrainedModel):
         if mask.custom.shape[2] != T or not K <= mask.custom.shape[3] <= max(K, mask.seen + T):
             raise ValueError(
                 f"a 4D attention_mask of shape {tuple(mask.custom.shape)} must be (batch or 1, heads or 1, {T}, {K})"
+            )
+        forgotten = mask.custom[..., : mask.custom.shape[3] - K]
+        if (forgotten if forgotten.dtype == torch.bool else forgotten > torch.finfo(forgotten.dtype).min / 2).any():
+            raise ValueError(
+                f"the 4D attention_mask shows keys that the cache no longer holds: it keeps the last {K - T} "
+                "(attention_window_size); hide the earlier ones"
             )
 
     def _embed(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
@@ -1073,10 +1079,15 @@ class RecurrentGemmaForCausalLM(RecurrentGemmaPreTrainedModel, GenerationMixin):
         **kwargs: Any,
     ) -> dict[str, Any]:
         """As in Transformers; where a prompt is padded on the right, the next token follows its last token."""
+        mask, cache = attention_mask, kwargs.get("past_key_values")
+        if isinstance(cache, RecurrentGemmaCache) and kwargs.get("next_sequence_length") is None and mask is not None:
+            # The whole text came again with a cache that has read its beginning (assisted, in Transformers 5.17).
+            seen = cache.get_seq_length()
+            if seen and mask.shape[1] == input_ids.shape[1] > seen:
+                kwargs["next_sequence_length"] = input_ids.shape[1] - seen
         model_inputs = super().prepare_inputs_for_generation(
             input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
         )
-        mask = attention_mask
         new = model_inputs["input_ids"] if model_inputs.get("input_ids") is not None else model_inputs["inputs_embeds"]
         T = new.shape[1]
         if mask is not None and mask.ndim == 2 and T > 1 and not mask[:, -1].all():

@@ -1,0 +1,540 @@
+"""The command line: what it writes equals what the Python API computes, and every mistake ends in one helpful line."""
+
+import functools
+import json
+import os
+import pty
+import re
+import select
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+import recurrent_gemma_hf
+from recurrent_gemma_hf import PRESETS, RecurrentGemmaCache, RecurrentGemmaConfig, RecurrentGemmaForCausalLM, cli
+from recurrent_gemma_hf.linear_recurrence import resolve_backend
+
+SPECIAL_TOKENS = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]
+END_OF_TURN = SPECIAL_TOKENS.index("<end_of_turn>")
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "<start_of_turn>{{ 'model' if message.role == 'assistant' else message.role }}\n"
+    "{{ message.content | trim }}<end_of_turn>\n"
+    "{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
+GREEDY = ["--greedy", "--max-new-tokens", "12", "--dtype", "float32"]
+
+
+# --- checkpoints and how the command is run ---
+
+
+def make_tokenizer(chat_template: str | None = None) -> PreTrainedTokenizerFast:
+    """One token per byte after the special tokens, and a beginning-of-sequence token in front."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate([*SPECIAL_TOKENS, *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", bos_token="<bos>", unk_token="<unk>",
+        additional_special_tokens=SPECIAL_TOKENS[4:], chat_template=chat_template,
+    )  # fmt: skip
+
+
+def make_checkpoint(folder: Path, config: RecurrentGemmaConfig, chat_template: str | None = None) -> Path:
+    torch.manual_seed(1)
+    model = RecurrentGemmaForCausalLM(config)
+    with torch.no_grad():  # far from its initialisation, so that greedy answers vary and are no matter of rounding
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    if chat_template:
+        model.generation_config.eos_token_id = [1, END_OF_TURN]
+    model.save_pretrained(folder)
+    make_tokenizer(chat_template).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory, tiny_config) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("base"), tiny_config())
+
+
+@pytest.fixture(scope="session")
+def chat_checkpoint(tmp_path_factory, tiny_config) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("tuned"), tiny_config(), CHAT_TEMPLATE)
+
+
+@pytest.fixture
+def copied(checkpoint, tmp_path) -> Path:
+    """A checkpoint to be spoiled."""
+    return Path(shutil.copytree(checkpoint, tmp_path / "checkpoint"))
+
+
+@pytest.fixture
+def forwards(monkeypatch) -> list[int]:
+    """The number of tokens of every forward of the model."""
+    lengths: list[int] = []
+    original = RecurrentGemmaForCausalLM.forward
+
+    @functools.wraps(original)  # generate() looks at the signature
+    def forward(self, input_ids=None, *args, **kwargs):
+        lengths.append(input_ids.shape[1])
+        return original(self, input_ids, *args, **kwargs)
+
+    monkeypatch.setattr(RecurrentGemmaForCausalLM, "forward", forward)
+    return lengths
+
+
+def run(*arguments: object, stdin: str | None = None):
+    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments], input=stdin)
+
+
+def succeed(*arguments: object, stdin: str | None = None):
+    result = run(*arguments, stdin=stdin)
+    assert result.exit_code == 0, (result.stderr, result.exception)
+    return result
+
+
+def expected_continuation(checkpoint: Path, prompt_ids: list[int], max_new_tokens: int = 12) -> list[int]:
+    """Greedy tokens without any cache."""
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    prompt = torch.tensor([prompt_ids])
+    output = model.generate(
+        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=max_new_tokens, do_sample=False, use_cache=False
+    )
+    return output[0, len(prompt_ids) :].tolist()
+
+
+def decode(checkpoint: Path, tokens: list[int]) -> str:
+    return AutoTokenizer.from_pretrained(checkpoint).decode(tokens, skip_special_tokens=True)
+
+
+# --- generate ---
+
+
+def test_greedy_text_is_the_prompt_and_its_continuation(checkpoint):
+    ids = AutoTokenizer.from_pretrained(checkpoint)("Once upon a time")["input_ids"]
+    result = succeed("generate", "Once upon a time", "--model", checkpoint, *GREEDY)
+    assert result.stdout == "Once upon a time" + decode(checkpoint, expected_continuation(checkpoint, ids)) + "\n"
+
+
+def test_the_same_seed_draws_the_same_text_as_the_python_api(checkpoint):
+    arguments = ["generate", "Once", "-m", checkpoint, "--max-new-tokens", "30", "--dtype", "float32"]
+    arguments += ["--temperature", "0.9", "--top-k", "40", "--top-p", "0.95", "--device", "cpu"]
+    drawn = succeed(*arguments, "--seed", "7").stdout
+    assert succeed(*arguments, "--seed", "7").stdout == drawn
+    assert succeed(*arguments, "--seed", "8").stdout != drawn
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    inputs = AutoTokenizer.from_pretrained(checkpoint)("Once", return_tensors="pt")
+    torch.manual_seed(7)
+    sampling = {"do_sample": True, "temperature": 0.9, "top_k": 40, "top_p": 0.95}
+    output = model.generate(inputs["input_ids"], attention_mask=inputs["attention_mask"], max_new_tokens=30, **sampling)
+    assert drawn == decode(checkpoint, output[0].tolist()) + "\n"
+
+
+def test_a_piped_prompt_is_the_same_as_an_argument(checkpoint):
+    by_argument = succeed("generate", "two\nlines", "-m", checkpoint, *GREEDY).stdout
+    assert succeed("generate", "-m", checkpoint, *GREEDY, stdin="two\nlines\n").stdout == by_argument
+
+
+def test_a_long_prompt_is_read_in_chunks(checkpoint, forwards, monkeypatch):
+    monkeypatch.setattr(cli, "PREFILL_CHUNK", 16)
+    text = "abcdefghij " * 5
+    ids = AutoTokenizer.from_pretrained(checkpoint)(text)["input_ids"]
+    result = succeed("generate", text, "--model", checkpoint, *GREEDY)
+    assert [length for length in forwards if length > 1] == [16, 16, 16, 8]
+    assert result.stdout == text + decode(checkpoint, expected_continuation(checkpoint, ids)) + "\n"
+
+
+def test_the_speed_is_reported_beside_the_text(checkpoint):
+    result = succeed("generate", "Once", "-m", checkpoint, *GREEDY)
+    assert re.search(r"5 prompt tokens in \d+\.\d\d s, 12 tokens written at \d+\.\d tokens/s\n", result.stderr)
+    one = succeed("generate", "Once", "-m", checkpoint, "--greedy", "--max-new-tokens", "1")
+    assert "1 token written\n" in one.stderr
+
+
+def test_an_instruction_tuned_model_gets_its_template_unless_raw(chat_checkpoint):
+    question = "<bos><start_of_turn>user\nWho?<end_of_turn>\n<start_of_turn>model\n"
+    ids = AutoTokenizer.from_pretrained(chat_checkpoint)(question, add_special_tokens=False)["input_ids"]
+    answer = decode(chat_checkpoint, expected_continuation(chat_checkpoint, ids))
+    assert succeed("generate", "Who?", "-m", chat_checkpoint, *GREEDY).stdout == answer + "\n"
+    raw = succeed("generate", "Who?", "-m", chat_checkpoint, "--raw", *GREEDY).stdout
+    ids = AutoTokenizer.from_pretrained(chat_checkpoint)("Who?")["input_ids"]
+    assert raw == "Who?" + decode(chat_checkpoint, expected_continuation(chat_checkpoint, ids)) + "\n"
+
+
+def test_the_demo_writes_text_by_default():
+    result = succeed("generate", "ROMEO:", "--max-new-tokens", "20", "--seed", "0")
+    assert result.stdout.startswith("ROMEO:")
+    assert len(result.stdout) > len("ROMEO:") + 20
+
+
+# --- mistakes ---
+
+
+def assert_one_line(result, message: str) -> None:
+    assert result.exit_code == 2, (result.stdout, result.stderr, result.exception)
+    assert result.stdout == ""
+    assert re.fullmatch(rf"recurrent-gemma: [^\n]*{message}[^\n]*\n", result.stderr), result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["generate", ""], "the prompt is empty; give"),
+        (["generate", " \n"], "the prompt is empty; give"),
+        (["generate", "caf\udce9"], "the prompt is not UTF-8; convert it"),
+        (["generate", "x", "--dtype", "float8"], "--dtype float8 is unknown; give one of auto, float32, bfloat16"),
+        (["generate", "x", "--device", "abacus"], "--device abacus cannot be used here .*; leave it out"),
+        (["generate", "x", "--device", "meta"], "--device meta cannot be used here .*; leave it out"),
+        (["generate", "x", "--seed", "-1"], "--seed is -1; give a whole number from 0"),
+        (["generate", "x", "--seed", str(2**63)], f"--seed is {2**63}; give"),
+        (["generate", "x", "--max-new-tokens", "0"], "--max-new-tokens is 0; give 1 or more"),
+        (["generate", "x", "--temperature", "0"], "--temperature is 0.0; give .* --greedy"),
+        (["generate", "x", "--temperature", "nan"], "--temperature is nan; give"),
+        (["generate", "x", "--top-k", "-1"], "--top-k is -1; give"),
+        (["generate", "x", "--top-p", "1.5"], "--top-p is 1.5; give"),
+        (["generate", "x", "--greedy", "--top-p", "0.5"], "--greedy draws nothing, so --top-p has no effect; leave"),
+        (["generate", "x", "--model", "no/such/folder"], "there is no folder no/such/folder; give"),
+        (["generate", "x", "--model", "./nowhere"], "there is no folder ./nowhere; give"),
+        (["generate", "x", "--model", "some/model"], "cannot read the config of some/model: "),
+        (["chat", "--model", "nowhere"], "there is no folder nowhere; give"),
+        (["chat", "--max-new-tokens", "-3"], "--max-new-tokens is -3; give 1 or more"),
+        (["info", "--model", "recurrentgemma-3b"], "there is no folder recurrentgemma-3b; give"),
+        (["info", "--dtype", "int8"], "--dtype int8 is unknown; give"),
+    ],
+)
+def test_a_mistake_ends_in_one_line_with_the_remedy(arguments, message, monkeypatch, tmp_path, checkpoint):
+    monkeypatch.chdir(tmp_path)
+    if "--model" not in arguments:
+        arguments = [*arguments, "--model", checkpoint]
+    assert_one_line(run(*arguments), message)
+
+
+def test_no_prompt_on_stdin(checkpoint):
+    assert_one_line(run("generate", "-m", checkpoint, stdin=""), "the prompt is empty")
+
+
+def test_stdin_that_is_not_utf8(checkpoint):
+    for command in ("generate", "chat"):
+        result = CliRunner().invoke(cli.app, [command, "-m", str(checkpoint)], input=b"caf\xe9")
+        assert_one_line(result, "the text on stdin is not UTF-8")
+
+
+def test_a_file_or_an_empty_folder_is_no_checkpoint(copied, tmp_path):
+    assert_one_line(run("info", "-m", copied / "config.json"), "is a file; give the folder it is in")
+    (tmp_path / "empty").mkdir()
+    assert_one_line(run("info", "-m", tmp_path / "empty"), "has no config.json; give the folder")
+
+
+def test_a_checkpoint_of_another_kind(copied):
+    (copied / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    assert_one_line(run("generate", "x", "-m", copied), "is a gpt2 checkpoint; give one of type recurrent_gemma")
+
+
+@pytest.mark.parametrize("text", ["{", "{}", '{"model_type": "recurrent_gemma", "hidden_size": -1}'])
+def test_a_config_that_cannot_be_read(copied, text):
+    (copied / "config.json").write_text(text)
+    assert_one_line(run("generate", "x", "-m", copied), "cannot read the config of")
+
+
+def test_weights_that_are_cut_off(copied):
+    weights = copied / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    assert_one_line(run("generate", "x", "-m", copied), "cannot load")
+
+
+def test_weights_that_are_missing(copied):
+    (copied / "model.safetensors").unlink()
+    assert_one_line(run("generate", "x", "-m", copied), "cannot load")
+
+
+def test_weights_of_another_depth(copied):
+    config = json.loads((copied / "config.json").read_text())
+    (copied / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 4}))
+    assert_one_line(run("generate", "x", "-m", copied), "cannot load .* weights .* are missing: model.layers.3")
+    (copied / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 2}))
+    assert_one_line(run("generate", "x", "-m", copied), "cannot load .* are unexpected: model.layers.2")
+
+
+def test_a_missing_tokenizer(copied):
+    for file in copied.glob("tokenizer*"):
+        file.unlink()
+    assert_one_line(run("generate", "x", "-m", copied), "has no tokenizer; put tokenizer.json")
+
+
+def test_a_tokenizer_larger_than_the_model(copied):
+    tokenizer = AutoTokenizer.from_pretrained(copied)
+    tokenizer.add_tokens([f"<extra{i}>" for i in range(100)])
+    tokenizer.save_pretrained(copied)
+    assert_one_line(run("generate", "x", "-m", copied), "has 362 tokens, its model 265; put the model's own")
+
+
+def test_bfloat16_on_a_cpu_without_it_becomes_float32(tmp_path, tiny_config, monkeypatch):
+    folder = make_checkpoint(tmp_path / "bf16", tiny_config())
+    RecurrentGemmaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(folder)
+    arguments = ["info", "-m", folder, "--json", "--device", "cpu"]
+    for has_bfloat16, dtype in ((False, "float32"), (True, "bfloat16")):
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda answer=has_bfloat16: answer)
+        assert json.loads(succeed(*arguments).stdout)["dtype"] == dtype
+        assert json.loads(succeed(*arguments, "--dtype", "bfloat16").stdout)["dtype"] == "bfloat16"
+        model, _ = cli._load(str(folder), "auto", "cpu")
+        assert str(model.dtype) == f"torch.{dtype}"
+
+
+# --- chat ---
+
+
+def expected_chat(checkpoint: Path, turns: list[str], first: str, between: str) -> str:
+    """A chat recomputed from its beginning at every turn; `first` and `between` are what surrounds a user's line."""
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    ends = RecurrentGemmaForCausalLM.from_pretrained(checkpoint).generation_config.eos_token_id
+    ends = ends if isinstance(ends, list) else [ends]
+    ids: list[int] = []
+    text = ""
+    for line in turns:
+        new = (between if ids else first).replace("LINE", line)
+        ids += tokenizer(new, add_special_tokens=False)["input_ids"]
+        answer = expected_continuation(checkpoint, ids)
+        text += decode(checkpoint, answer) + "\n"
+        ids += [token for token in answer if token not in ends]
+    return text
+
+
+TURNS = ["Hello there, I am a rather long first line.", "And again?", "Bye."]
+
+
+def test_a_chat_continues_a_plain_text(checkpoint, forwards):
+    result = succeed("chat", "-m", checkpoint, *GREEDY, stdin="\n".join(TURNS) + "\n")
+    # Every character is a token; each turn adds a line break, but for the first, which adds <bos>.
+    assert [length for length in forwards if length > 1] == [len(TURNS[0]) + 1, *(len(t) + 2 for t in TURNS[1:])]
+    assert result.stdout == expected_chat(checkpoint, TURNS, "<bos>LINE", "\nLINE")
+
+
+def test_a_chat_with_a_template(chat_checkpoint):
+    result = succeed("chat", "-m", chat_checkpoint, *GREEDY, stdin="\n".join(TURNS) + "\n")
+    first = "<bos><start_of_turn>user\nLINE<end_of_turn>\n<start_of_turn>model\n"
+    between = "<end_of_turn>\n<start_of_turn>user\nLINE<end_of_turn>\n<start_of_turn>model\n"
+    assert result.stdout == expected_chat(chat_checkpoint, TURNS, first, between)
+
+
+def test_a_turn_that_the_model_ends_itself(chat_checkpoint, tmp_path):
+    """The model's own <end_of_turn> must not stand before the template's."""
+    folder = Path(shutil.copytree(chat_checkpoint, tmp_path / "ends"))
+    first = "<bos><start_of_turn>user\nLINE<end_of_turn>\n<start_of_turn>model\n"
+    between = "<end_of_turn>\n<start_of_turn>user\nLINE<end_of_turn>\n<start_of_turn>model\n"
+    prompt = AutoTokenizer.from_pretrained(folder)(first.replace("LINE", TURNS[0]), add_special_tokens=False)
+    third = expected_continuation(folder, prompt["input_ids"])[2]
+    generation = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps({**generation, "eos_token_id": [1, third]}))
+    result = succeed("chat", "-m", folder, *GREEDY, stdin="\n".join(TURNS) + "\n")
+    assert result.stdout == expected_chat(folder, TURNS, first, between)
+
+
+def test_save_and_load_go_on_in_another_process(checkpoint, tmp_path):
+    whole = succeed("chat", "-m", checkpoint, *GREEDY, stdin="\n".join(TURNS)).stdout
+    state = tmp_path / "talk.safetensors"
+    first = succeed("chat", "-m", checkpoint, *GREEDY, stdin=f"{TURNS[0]}\n{TURNS[1]}\n/save {state}\n")
+    assert f"saved in {state}" in first.stderr
+    second = succeed("chat", "-m", checkpoint, *GREEDY, stdin=f"/load {state}\n{TURNS[2]}\n")
+    tokens = 1 + sum(map(len, TURNS[:2])) + 1 + 2 * 12
+    assert f"going on after {tokens} tokens" in second.stderr
+    assert first.stdout + second.stdout == whole
+
+
+def test_saving_does_not_disturb_the_chat(checkpoint, tmp_path):
+    whole = succeed("chat", "-m", checkpoint, *GREEDY, stdin="\n".join(TURNS)).stdout
+    lines = f"\n/save {tmp_path / 'a'}\n".join(TURNS)
+    assert succeed("chat", "-m", checkpoint, *GREEDY, stdin=lines).stdout == whole
+
+
+def test_the_saved_state_does_not_grow(checkpoint, tmp_path):
+    lines = f"{TURNS[0]}\n/save {tmp_path / 'short'}\n" + f"{TURNS[0]}\n" * 5 + f"/save {tmp_path / 'long'}\n"
+    succeed("chat", "-m", checkpoint, *GREEDY, stdin=lines)
+    assert (tmp_path / "short").stat().st_size == (tmp_path / "long").stat().st_size
+
+
+def test_reset_forgets_and_quit_ends(checkpoint):
+    result = succeed("chat", "-m", checkpoint, *GREEDY, stdin="Hello\n\n/reset\nHello\n/quit\nHello\n")
+    answers = result.stdout.splitlines()
+    assert result.stdout == 2 * expected_chat(checkpoint, ["Hello"], "<bos>LINE", "\nLINE"), answers
+    assert "a new conversation" in result.stderr
+
+
+def test_no_mistake_ends_a_chat(checkpoint, tmp_path, tiny_config):
+    foreign = tmp_path / "foreign"
+    foreign.write_bytes(b"not a state")
+    other_config = tiny_config(lru_width=32)
+    other = make_checkpoint(tmp_path / "other", other_config)
+    state = tmp_path / "other-state"
+    succeed("chat", "-m", other, *GREEDY, stdin=f"Hello\n/save {state}\n")
+    pair = RecurrentGemmaCache(RecurrentGemmaConfig.from_pretrained(checkpoint))
+    RecurrentGemmaForCausalLM.from_pretrained(checkpoint)(torch.tensor([[2, 9], [2, 10]]), past_key_values=pair)
+    pair.save(tmp_path / "pair")
+    lines = ["/save", f"/save {tmp_path / 'x'}", "/load", f"/load {tmp_path / 'none'}", f"/load {foreign}"]
+    lines += [f"/load {state}", f"/load {tmp_path / 'pair'}", "/dance", f"/save {tmp_path / 'no' / 'folder'}", "Hello"]
+    result = succeed("chat", "-m", checkpoint, *GREEDY, stdin="\n".join(lines))
+    assert result.stdout == expected_chat(checkpoint, ["Hello"], "<bos>LINE", "\nLINE")
+    expected = [
+        "/save needs the name of a file; for instance",
+        "/save failed: this cache is empty",
+        "/load needs the name of a file; for instance",
+        "/load failed: .*none",
+        "/load failed: .*foreign",
+        "/load failed: .*another config",
+        "/load failed: .*pair holds 2 conversations",
+        "there is no /dance; /reset starts anew",
+        "/save failed: ",
+    ]
+    errors = result.stderr.splitlines()
+    assert len(errors) == len(expected)
+    for error, message in zip(errors, expected, strict=True):
+        assert re.search(message, error)
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_chat(checkpoint, monkeypatch):
+    """Interrupted after a few tokens, the chat goes on as if so many had been asked for."""
+    original = cli._Meter.put
+    first: list[int] = []
+
+    def put(self, tokens):
+        original(self, tokens)
+        if self.prompt_tokens == len(TURNS[0]) + 1 and tokens.ndim == 1:
+            first.append(int(tokens))
+            if len(first) == 4:
+                signal.raise_signal(signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(cli._Meter, "put", put)
+    result = succeed("chat", "-m", checkpoint, *GREEDY, stdin=f"{TURNS[0]}\n{TURNS[1]}\n")
+    assert signal.getsignal(signal.SIGINT) is before
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    ids = tokenizer(TURNS[0])["input_ids"]
+    assert 4 <= len(first) <= 5  # the criterion of the fourth token may have been asked before it was shown
+    assert first == expected_continuation(checkpoint, ids, len(first))
+    ids += first + tokenizer("\n" + TURNS[1], add_special_tokens=False)["input_ids"]
+    second = expected_continuation(checkpoint, ids)
+    assert result.stdout == decode(checkpoint, first) + "\n" + decode(checkpoint, second) + "\n"
+
+
+# --- info ---
+
+
+def test_info_agrees_with_the_model_and_loads_no_weights(copied):
+    model = RecurrentGemmaForCausalLM.from_pretrained(copied, dtype=torch.bfloat16)
+    cache = RecurrentGemmaCache(model.config)
+    with torch.no_grad():
+        model(torch.tensor([[2, 10, 11]]), past_key_values=cache)
+    (copied / "model.safetensors").unlink()
+    facts = json.loads(succeed("info", "-m", copied, "--json", "--device", "cpu", "--dtype", "float32").stdout)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    assert facts == {
+        "model": str(copied),
+        "model_type": "recurrent_gemma",
+        "layers": {"recurrent": 2, "attention": 1},
+        "mlp_width": 48,
+        "hidden_size": 32,
+        "lru_width": 40,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "attention_window_size": 8,
+        "vocab_size": 265,
+        "parameters": parameters,
+        "embedding_parameters": 265 * 32,
+        "weight_bytes": {"bfloat16": 2 * parameters, "float32": 4 * parameters},
+        "cache_bytes": cache.memory_footprint(),
+        # keys and values, three layers, one head of 8, bfloat16
+        "transformer_cache_bytes": {str(length): length * 2 * 3 * 8 * 2 for length in (8192, 131072)},
+        "device": "cpu",
+        "dtype": "float32",
+        "recurrence_backend": resolve_backend("auto", torch.device("cpu"), torch.float32),
+    }
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_info_knows_the_presets(preset):
+    facts = json.loads(succeed("info", "-m", preset, "--json").stdout)
+    config = RecurrentGemmaConfig.from_preset(preset)
+    assert facts["layers"]["recurrent"] == config.layers_block_type.count("recurrent")
+
+
+def test_info_of_the_2b_model():
+    """Sizes by hand: 18 recurrent and 8 attention layers of width 2560, one key and value head of 256."""
+    facts = json.loads(succeed("info", "-m", "recurrentgemma-2b", "--json").stdout)
+    attention = 2 * (2560 * 2560) + 2 * 2560 * 256 + 2560
+    recurrent = 3 * (2560 * 2560 + 2560) + 5 * 2560 + 2 * (10 * 256 * 256 + 2560) + 2560
+    mlp_and_norms = 3 * 2560 * 7680 + 2 * 7680 + 2560 + 2 * 2560
+    assert facts["parameters"] == 256_000 * 2560 + 8 * attention + 18 * recurrent + 26 * mlp_and_norms + 2560
+    assert facts["transformer_cache_bytes"]["8192"] == 26 * 2 * 256 * 8192 * 2
+    assert facts["cache_bytes"] == 8 * 2 * 2049 * 256 * 2 + 18 * 2560 * (3 * 2 + 4)
+
+
+def test_the_table_shows_what_json_says():
+    table = succeed("info", "-m", "recurrentgemma-2b", "--device", "cpu", "--dtype", "float32").stdout
+    for text in ("26: 18 recurrent, 8 attention", "5.4 GB in bfloat16", "17.2 MB at any length", "218.1 MB at 8,192"):
+        assert text in " ".join(table.split()), table
+
+
+def test_info_describes_the_demo_by_default():
+    facts = json.loads(succeed("info", "--json").stdout)
+    assert facts["model"] == "the bundled demo"
+    assert 10**6 <= facts["parameters"] <= 4 * 10**6
+
+
+# --- the installed command ---
+
+
+def test_the_installed_command():
+    command = [Path(sys.executable).with_name("recurrent-gemma"), "--version"]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert (shown.returncode, shown.stdout) == (0, f"recurrent-gemma-hf {recurrent_gemma_hf.__version__}\n")
+
+
+def test_help_names_the_commands():
+    shown = succeed("--help").stdout
+    assert all(command in shown for command in ("generate", "chat", "info"))
+
+
+def test_a_chat_on_a_terminal(checkpoint):
+    """Ctrl-C at the prompt does not end the program, /quit does."""
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "recurrent_gemma_hf.cli", "chat", "--model", str(checkpoint), *GREEDY]
+    # A background job ignores SIGINT and hands that down; a terminal's program does not.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs)
+    signal.signal(signal.SIGINT, before)
+    os.close(theirs)
+
+    def read_until(text: bytes, otherwise=lambda: None) -> None:
+        """Reads what the program writes until `text` comes; calls `otherwise` in every second that brings nothing."""
+        seen = b""
+        for _ in range(200):  # a cold start on a busy machine takes a minute
+            if text in seen:
+                return
+            if select.select([ours], [], [], 1.0)[0]:
+                seen += os.read(ours, 1024)
+            else:
+                otherwise()
+        pytest.fail(f"no {text!r} in {seen!r}")
+
+    try:
+        read_until(b"\n> ")
+        # One that comes just before the program waits for input is noticed with the next.
+        process.send_signal(signal.SIGINT)
+        read_until(b"> ", otherwise=lambda: process.send_signal(signal.SIGINT))
+        os.write(ours, b"/quit\n")
+        assert process.wait(timeout=60) == 0
+    finally:
+        process.kill()
+        process.wait()
+        os.close(ours)

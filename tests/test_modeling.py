@@ -888,3 +888,22 @@ def test_a_custom_mask_cannot_show_keys_that_the_cache_has_dropped():
             with pytest.raises(ValueError, match="no longer holds"):
                 model(tokens[:, 30:], attention_mask=mask, past_key_values=cache)
         assert cache.get_seq_length() == 30, "a refused forward leaves the cache as it was"
+
+
+def test_the_loss_of_packed_and_padded_texts_is_that_of_each_alone():
+    model = build(tiny_config())
+    texts = [torch.randint(3, 101, (1, n), generator=torch.Generator().manual_seed(n)) for n in (7, 12, 9)]
+    with torch.no_grad():
+        alone = sum(model(text, labels=text).loss * (text.shape[1] - 1) for text in texts)
+        alone = alone / sum(text.shape[1] - 1 for text in texts)
+        packed = torch.cat(texts, dim=1)
+        positions = torch.cat([torch.arange(text.shape[1]) for text in texts])[None]
+        torch.testing.assert_close(model(packed, position_ids=positions, labels=packed).loss, alone)
+        for side in ("left", "right"):
+            ids, mask = torch.zeros(3, 12, dtype=torch.long), torch.zeros(3, 12, dtype=torch.long)
+            for row, text in enumerate(texts):
+                n = text.shape[1]
+                columns = slice(12 - n, None) if side == "left" else slice(0, n)
+                ids[row, columns], mask[row, columns] = text[0], 1
+            labels = ids.masked_fill(mask == 0, -100)
+            torch.testing.assert_close(model(ids, attention_mask=mask, labels=labels).loss, alone)

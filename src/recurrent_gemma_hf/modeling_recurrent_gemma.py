@@ -955,12 +955,18 @@ def _kept(x_BTE: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tens
     return x_BTE[:, logits_to_keep]
 
 
-def _without_first_tokens(labels_BT: torch.Tensor, attention_mask: Any) -> torch.Tensor:
-    """Ignores labels that padding would have to predict, so that a padded row has the loss of the row alone."""
-    if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2:
-        return labels_BT
-    before = attention_mask[:, -labels_BT.shape[1] :][:, :-1] == 0
-    return labels_BT.masked_fill(F.pad(before, (1, 0)).to(labels_BT.device), -100)
+def _without_first_tokens(
+    labels_BT: torch.Tensor, attention_mask: Any, position_ids: torch.Tensor | None
+) -> torch.Tensor:
+    """Ignores labels that padding or another document would have to predict: a padded row has the loss of the row
+    alone, and packed documents that of each by itself."""
+    first = torch.zeros_like(labels_BT, dtype=torch.bool)
+    if position_ids is not None:
+        first |= position_ids.to(labels_BT.device) == 0
+    if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
+        is_token = attention_mask[:, -labels_BT.shape[1] :].to(labels_BT.device).bool()
+        first[:, 1:] |= ~is_token[:, :-1]
+    return labels_BT.masked_fill(first, -100)
 
 
 class RecurrentGemmaForCausalLM(RecurrentGemmaPreTrainedModel, GenerationMixin):
@@ -1017,7 +1023,7 @@ class RecurrentGemmaForCausalLM(RecurrentGemmaPreTrainedModel, GenerationMixin):
             logits = torch.tanh(logits / cap) * cap
         loss = None
         if labels is not None:
-            labels = _without_first_tokens(labels, attention_mask)
+            labels = _without_first_tokens(labels, attention_mask, position_ids)
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,

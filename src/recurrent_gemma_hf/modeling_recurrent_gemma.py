@@ -700,8 +700,7 @@ class RecurrentGemmaModel(RecurrentGemmaPreTrainedModel):
             raise ValueError(
                 f"a 4D attention_mask of shape {tuple(mask.custom.shape)} must be (batch or 1, heads or 1, {T}, {K})"
             )
-        forgotten = mask.custom[..., : mask.custom.shape[3] - K]
-        if (forgotten if forgotten.dtype == torch.bool else forgotten > torch.finfo(forgotten.dtype).min / 2).any():
+        if mask.custom.shape[3] > K and _shows_any(mask.custom[..., : mask.custom.shape[3] - K]):
             raise ValueError(
                 f"the 4D attention_mask shows keys that the cache no longer holds: it keeps the last {K - T} "
                 "(attention_window_size); hide the earlier ones"
@@ -816,6 +815,10 @@ class RecurrentGemmaModel(RecurrentGemmaPreTrainedModel):
         return AttentionMask(
             past + columns, key, reach, query_is_token, None, W, diagonal, plain=False, ordered=in_order
         )
+
+
+def _shows_any(mask: torch.Tensor) -> bool:
+    return bool((mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2).any())
 
 
 def _default(value: Any, otherwise: Any) -> Any:

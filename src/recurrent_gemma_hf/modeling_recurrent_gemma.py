@@ -634,6 +634,8 @@ class RecurrentGemmaModel(RecurrentGemmaPreTrainedModel):
             pack = (~mask.tokens).to(torch.int8).argsort(dim=1, stable=True)  # tokens first, then padding
             x = _unpacked(x, pack)
             position_ids = None if position_ids is None else _unpacked(position_ids.expand(B, T), pack)
+        if position_ids is not None and mask.seen == 0 and _is_counted(position_ids):
+            position_ids = None
         if is_own:
             cache.begin_forward(B, T, x.device, mask.tokens)
         step = self._step(x, mask, position_ids, cache, pack is not None, output_attentions)
@@ -812,9 +814,19 @@ class RecurrentGemmaModel(RecurrentGemmaPreTrainedModel):
         else:
             diagonal, key = None, cache.slot_ranks().to(position.device)
         query_is_token = is_token if T == 1 else None
+        # With nothing before it, every row counts from 0 and padding stands behind, where causality hides it.
+        plain = T > 1 and cache.progress.columns == T
         return AttentionMask(
-            past + columns, key, reach, query_is_token, None, W, diagonal, plain=False, ordered=in_order
+            past + columns, key, reach, query_is_token, None, W, diagonal, plain=plain, ordered=in_order
         )
+
+
+def _is_counted(position_BT: torch.Tensor) -> bool:
+    """Whether these are just 0, 1, 2, ..., as generate() passes them: then there is nothing to mask. Asked on a CPU
+    alone, where looking costs nothing."""
+    if position_BT.device.type != "cpu" or position_BT.shape[1] == 1 or torch.compiler.is_compiling():
+        return False
+    return bool((position_BT == torch.arange(position_BT.shape[1])).all())
 
 
 def _shows_any(mask: torch.Tensor) -> bool:

@@ -72,7 +72,9 @@ class RecurrentGemmaRMSNorm(nn.Module):
 
     def forward(self, x_BTE: torch.Tensor) -> torch.Tensor:
         x = x_BTE if x_BTE.dtype == torch.float64 else x_BTE.float()
-        return F.rms_norm(x, (x.shape[-1],), (1.0 + self.weight.to(x.dtype)), self.eps).to(x_BTE.dtype)
+        # By hand: on a CPU F.rms_norm takes nearly twice as long.
+        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
+        return torch.addcmul(x, x, self.weight.to(x.dtype)).to(x_BTE.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, eps={self.eps}"
@@ -452,8 +454,10 @@ class RecurrentGemmaRecurrentBlock(nn.Module):
         else:
             full = cache.update_conv_state(u.transpose(1, 2), self.layer_idx, conv_kernel_size=context).transpose(1, 2)
             # Transformers' own cache returns no context with the first forward, and as much as it has with others.
-            full = F.pad(full, (0, 0, max(0, context + u.shape[1] - full.shape[1]), 0))
-            full = full[:, full.shape[1] - context - u.shape[1] :].to(u.dtype)
+            missing = context + u.shape[1] - full.shape[1]
+            if missing:
+                full = F.pad(full, (0, 0, missing, 0))  # a negative number cuts
+            full = full.to(u.dtype)
         h0 = layer.recurrent_states[0] if layer is not None and layer.is_recurrent_states_initialized[0] else None
         if h0 is not None and torch.is_grad_enabled():
             h0 = h0.clone()  # the backward pass reads it, after the cache has overwritten its own

@@ -13,12 +13,12 @@ import argparse
 import itertools
 import time
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from peers import gemma, in_tree_recurrent_gemma, our_config, ours, parameters, read_bandwidth, recorded
+from transformers import DynamicCache
 
-from recurrent_gemma_hf import RecurrentGemmaConfig, RecurrentGemmaForCausalLM
+from recurrent_gemma_hf import RecurrentGemmaCache, RecurrentGemmaConfig, RecurrentGemmaForCausalLM
 
 COLUMNS = [
     "model",
@@ -38,10 +38,10 @@ def decoder(model: torch.nn.Module, context: int) -> Callable[[int], float]:
     """Reads a prompt of `context` tokens; returns what decodes n more and tells the mean milliseconds of one."""
     model.eval()
     vocab = model.config.vocab_size
-    out = model(input_ids=torch.randint(2, vocab, (1, context)), use_cache=True, logits_to_keep=1)
-    cache: dict[str, Any] = {"use_cache": True}
-    if "past_key_values" in out:  # the in-tree model keeps its state on its modules
-        cache["past_key_values"] = out.past_key_values
+    # The in-tree model returns no cache, and forgets its keys and values unless it gets one, as generate() does it.
+    is_ours = isinstance(model, RecurrentGemmaForCausalLM)
+    cache = RecurrentGemmaCache(model.config) if is_ours else DynamicCache(config=model.config)
+    model(input_ids=torch.randint(2, vocab, (1, context)), past_key_values=cache, use_cache=True, logits_to_keep=1)
     positions = itertools.count(context)
 
     @torch.inference_mode()
@@ -49,21 +49,27 @@ def decoder(model: torch.nn.Module, context: int) -> Callable[[int], float]:
         start = time.perf_counter()
         for position in itertools.islice(positions, tokens):
             ids = torch.randint(2, vocab, (1, 1))
-            model(input_ids=ids, position_ids=torch.tensor([[position]]), logits_to_keep=1, **cache)
+            model(input_ids=ids, position_ids=torch.tensor([[position]]), past_key_values=cache, logits_to_keep=1)
         return (time.perf_counter() - start) / tokens * 1e3
 
     return decode
 
 
-def random_2b(dtype: torch.dtype) -> torch.nn.Module:
-    """The 2B shape without the minutes that its initialisation takes."""
+def random_2b(dtype: torch.dtype) -> dict[str, torch.nn.Module]:
+    """The 2B shape, ours and the in-tree model on the same memory, without the minutes that initialisation takes."""
     with torch.device("meta"):
         model = RecurrentGemmaForCausalLM(RecurrentGemmaConfig.from_preset("recurrentgemma-2b")).to(dtype)
     model = model.to_empty(device="cpu")
     model.tie_weights()
     for parameter in model.parameters():
         torch.nn.init.uniform_(parameter, -0.01, 0.01)
-    return model
+    with torch.device("meta"):
+        theirs = in_tree_recurrent_gemma(model.config).to(dtype)
+    theirs.load_state_dict(model.state_dict(), assign=True)
+    for module in theirs.modules():  # buffers that are not part of a checkpoint
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = torch.ones_like(buffer, device="cpu")
+    return {"ours, 2B shape": model, "in-tree, 2B shape": theirs}
 
 
 def main() -> None:
@@ -76,7 +82,7 @@ def main() -> None:
     bandwidth = read_bandwidth()
     print(f"read bandwidth {bandwidth / 1e9:.1f} GB/s")
     if args.shape == "2b":
-        models, contexts, tokens = {"ours, 2B shape": random_2b(dtype)}, [8], args.tokens or 8
+        models, contexts, tokens = random_2b(dtype), [8], args.tokens or 8
     else:
         config = our_config(hidden_size=512, layers=6, heads=8, window=1024, vocab_size=1024)
         models = {"ours": ours(config), "in-tree": in_tree_recurrent_gemma(config), "gemma": gemma(config)}

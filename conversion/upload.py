@@ -1,0 +1,70 @@
+"""A checkpoint folder to the Hugging Face Hub. What broke off is resumed by the same call.
+
+`huggingface_hub.upload_folder` does the work: it asks the Hub about each file, skips what is there already, sends large
+files as blobs that stay even when the rest fails, and commits files when their blobs have arrived. So a repository
+never shows a commit that points to weights which are not there. (`upload_large_folder` is gone from huggingface_hub 2.)
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from huggingface_hub import HfApi, get_token
+
+# HTTPError is that of httpx in huggingface_hub 1 and of httpx2 in 2: asked from here, it is the right one of the two.
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
+from huggingface_hub.utils import validate_repo_id
+
+
+def push(folder: Path, repo_id: str, private: bool = False) -> str:
+    """Uploads a checkpoint folder, creating the repository if it is not there.
+
+    Args:
+        folder: the checkpoint: `config.json` and the safetensors beside it.
+        repo_id: the repository, "owner/name".
+        private: whether a repository that is created is private; one that exists stays as it is.
+
+    Returns:
+        the address of the commit.
+
+    Raises:
+        ValueError: the folder holds no checkpoint, or the name is none.
+        PermissionError: there is no token, or it may not write to the repository.
+        ConnectionError: the Hub could not be reached or broke off; the same call resumes.
+    """
+    _check_folder(folder)
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ValueError(f"{repo_id!r} is no name of a repository ({error}): give owner/name") from error
+    if get_token() is None:
+        raise PermissionError(
+            f"no token to push to {repo_id} with: run `hf auth login`, or set HF_TOKEN, with a token that may write "
+            "(https://huggingface.co/settings/tokens)"
+        )
+    api = HfApi()
+    try:
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        commit = api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=f"Upload {folder.name}")
+    except (HfHubHTTPError, HTTPError, RuntimeError) as error:
+        raise _explained(error, repo_id) from error
+    return commit.commit_url
+
+
+def _check_folder(folder: Path) -> None:
+    """A folder that `from_pretrained` would not load is not worth an upload."""
+    missing = [name for name in ("config.json", "*.safetensors") if not any(folder.glob(name))]
+    if missing:
+        raise ValueError(f"{folder} holds no checkpoint: {' and '.join(missing)} missing; convert one first")
+
+
+def _explained(error: Exception, repo_id: str) -> OSError:
+    """What went wrong, and what to do, from whatever huggingface_hub raised."""
+    # A failed blob comes as a RuntimeError that names the file, raised from what the server said.
+    answer = error.__cause__ if isinstance(error.__cause__, HfHubHTTPError) else error
+    status = answer.response.status_code if isinstance(answer, HfHubHTTPError) else None
+    if status in (401, 403):
+        return PermissionError(f"the token may not write to {repo_id}: give one that may ({error})")
+    return ConnectionError(
+        f"the upload to {repo_id} broke off: {error}; run the same command again, what has arrived is not sent twice"
+    )

@@ -90,9 +90,11 @@ def write_tokenizer(tokenizer_model: Path, output: Path, instruction_tuned: bool
         ValueError: the file is no SentencePiece model, has other settings than Gemma's or another number of pieces than
             the config's vocab_size, lacks the turn tokens of an -it model, or the result differs from SentencePiece.
     """
-    model = read_sentencepiece(tokenizer_model)
-    _check_settings(model, tokenizer_model)
-    _check_vocabulary(model, tokenizer_model, output / "config.json", instruction_tuned)
+    config = output / "config.json"
+    if not config.is_file():
+        raise FileNotFoundError(f"no {config}: write the model's config first, the vocabulary is compared with it")
+    vocab_size = json.loads(config.read_text(encoding="utf-8"))["vocab_size"]
+    model = check_tokenizer(tokenizer_model, vocab_size, instruction_tuned)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=build_tokenizer(model),
         pad_token="<pad>",
@@ -106,6 +108,17 @@ def write_tokenizer(tokenizer_model: Path, output: Path, instruction_tuned: bool
     tokenizer.save_pretrained(output)
     _check_equal(model, output)
     _generation_config(tokenizer, instruction_tuned).save_pretrained(output)
+
+
+def check_tokenizer(tokenizer_model: Path, vocab_size: int, instruction_tuned: bool) -> ModelProto:
+    """The SentencePiece model, if `write_tokenizer` can convert it for a model of that vocabulary; raises as it does.
+
+    To be asked before the weights are converted, which takes long.
+    """
+    model = read_sentencepiece(tokenizer_model)
+    _check_settings(model, tokenizer_model)
+    _check_vocabulary(model, tokenizer_model, vocab_size, instruction_tuned)
+    return model
 
 
 def read_sentencepiece(path: Path) -> ModelProto:
@@ -178,14 +191,11 @@ def _check_settings(model: ModelProto, path: Path) -> None:
         raise ValueError(f"{path} is not a tokenizer of the Gemma family, which has: {'; '.join(unmet)}")
 
 
-def _check_vocabulary(model: ModelProto, path: Path, config: Path, instruction_tuned: bool) -> None:
+def _check_vocabulary(model: ModelProto, path: Path, vocab_size: int, instruction_tuned: bool) -> None:
     """The model's embedding has a row for each piece, and an -it model has the tokens that its turns are made of."""
-    if not config.is_file():
-        raise FileNotFoundError(f"no {config}: write the model's config first, the vocabulary is compared with it")
-    vocab_size = json.loads(config.read_text(encoding="utf-8"))["vocab_size"]
     if len(model.pieces) != vocab_size:
         raise ValueError(
-            f"{path} has {len(model.pieces)} pieces and {config} a vocab_size of {vocab_size}: "
+            f"{path} has {len(model.pieces)} pieces and the model a vocab_size of {vocab_size}: "
             "this tokenizer belongs to another model"
         )
     missing = set(TURN_TOKENS) - {piece.piece for piece in model.pieces}

@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, GenerationConfig
 
+import conversion.tokenizer
 import recurrent_gemma_hf  # noqa: F401 (registers the model type that AutoTokenizer finds in config.json)
-from conversion.tokenizer import HARD_TEXTS, write_tokenizer
+from conversion.tokenizer import HARD_TEXTS, check_tokenizer, read_sentencepiece, write_tokenizer
 
 CONTROL = {"pad_id": 0, "eos_id": 1, "bos_id": 2, "unk_id": 3}
 NAMES = {"pad_piece": "<pad>", "eos_piece": "<eos>", "bos_piece": "<bos>", "unk_piece": "<unk>"}
@@ -191,9 +192,20 @@ def test_a_base_model_has_no_chat_template_and_stops_at_eos(tokenizer_model: Pat
     assert names == {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
 
 
+def test_a_wrong_conversion_is_noticed(tokenizer_model: Path, tmp_path: Path, monkeypatch):
+    """The negative control: with the merges in the wrong order, or the first of them lost, the comparison must fail."""
+    in_order = list(conversion.tokenizer._merges(read_sentencepiece(tokenizer_model)))
+    for number, merges in enumerate([in_order[::-1], in_order[1:]]):
+        monkeypatch.setattr(conversion.tokenizer, "_merges", lambda _model, merges=merges: merges)
+        with pytest.raises(ValueError, match=r"differs from SentencePiece on \d+ of \d+ texts"):
+            write_tokenizer(tokenizer_model, checkpoint_folder(tmp_path / str(number)), instruction_tuned=False)
+
+
 def test_missing_files_are_named(tokenizer_model: Path, tmp_path: Path):
     with pytest.raises(FileNotFoundError, match=r"no tokenizer at .*nowhere"):
-        write_tokenizer(tmp_path / "nowhere", tmp_path, instruction_tuned=False)
+        write_tokenizer(tmp_path / "nowhere", checkpoint_folder(tmp_path / "out"), instruction_tuned=False)
+    with pytest.raises(FileNotFoundError, match=r"no tokenizer at .*nowhere"):
+        check_tokenizer(tmp_path / "nowhere", 900, instruction_tuned=False)
     with pytest.raises(FileNotFoundError, match="write the model's config first"):
         write_tokenizer(tokenizer_model, tmp_path, instruction_tuned=False)
 
@@ -217,7 +229,7 @@ def test_a_truncated_model(tokenizer_model: Path, kept: float, tmp_path: Path):
 
 def test_a_vocabulary_of_another_size(tokenizer_model: Path, tmp_path: Path):
     output = checkpoint_folder(tmp_path / "out", vocab_size=256_000)
-    with pytest.raises(ValueError, match=r"has 900 pieces and .* a vocab_size of 256000"):
+    with pytest.raises(ValueError, match="has 900 pieces and the model a vocab_size of 256000"):
         write_tokenizer(tokenizer_model, output, instruction_tuned=False)
     assert [path.name for path in output.iterdir()] == ["config.json"], "nothing is left behind"
 

@@ -1,0 +1,118 @@
+"""The model card beside converted weights: one of `model_cards/`, with a section on this very checkpoint."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from pathlib import Path
+
+from huggingface_hub import ModelCard
+from safetensors import safe_open
+
+from recurrent_gemma_hf import RecurrentGemmaConfig
+
+CARDS = Path(__file__).parents[1] / "model_cards"
+PUBLISHED = ("recurrentgemma-2b", "recurrentgemma-2b-it", "recurrentgemma-9b", "recurrentgemma-9b-it")
+MARK = "<!-- checkpoint -->"  # where the section goes
+
+# What tells one published architecture from another.
+SHAPE_FIELDS = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "lru_width",
+    "vocab_size",
+)
+
+# Names of number formats in safetensors files, and in PyTorch.
+DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
+
+
+def published_name(checkpoint: Path) -> str | None:
+    """The published model that a checkpoint's name stands for, or None if it stands for none.
+
+    Google's archives are called 2b, 2b-it, 9b and 9b-it, as a folder or with .pt. Only the name is looked at: nothing
+    in the weights tells a published model from a fine-tune of it.
+    """
+    found = re.fullmatch(r"(?:recurrentgemma-)?((?:2b|9b)(?:-it)?)(?:\.pt)?", checkpoint.name)
+    return f"recurrentgemma-{found[1]}" if found else None
+
+
+def write_card(model_name: str | None, output: Path, converted_from: str) -> None:
+    """Writes `README.md` beside the weights.
+
+    Args:
+        model_name: one of `PUBLISHED`, or None for any other model, whose card then has gaps for its owner to fill.
+        output: the checkpoint folder, with `config.json` and the safetensors already there.
+        converted_from: what the weights were before, in words that others can read ("2b-it, Orbax").
+
+    Raises:
+        ValueError: the model is not one of those published, or its shape is not that of the weights.
+        FileNotFoundError: the folder has no config or no weights.
+    """
+    if model_name is not None and model_name not in PUBLISHED:
+        raise ValueError(f"no card for {model_name!r}: there are {', '.join(PUBLISHED)}; None writes one with gaps")
+    config = _read_config(output)
+    if model_name is not None:
+        _check_shape(model_name, config)
+    section = _checkpoint_section(model_name, config, _stored_numbers(output), converted_from)
+    template = (CARDS / f"{model_name or 'converted'}.md").read_text(encoding="utf-8")
+    card = template.replace(MARK, section)
+    ModelCard(card)  # raises on metadata that the Hub would refuse to read
+    (output / "README.md").write_text(card, encoding="utf-8")
+
+
+def _read_config(output: Path) -> RecurrentGemmaConfig:
+    path = output / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"no {path}: write the model's config first, the card describes it")
+    return RecurrentGemmaConfig.from_dict(json.loads(path.read_text(encoding="utf-8")))
+
+
+def _check_shape(model_name: str, config: RecurrentGemmaConfig) -> None:
+    expected = RecurrentGemmaConfig.from_preset(model_name.removesuffix("-it"))
+    different = [
+        f"{field} is {getattr(config, field)} instead of {getattr(expected, field)}"
+        for field in SHAPE_FIELDS
+        if getattr(config, field) != getattr(expected, field)
+    ]
+    if different:
+        raise ValueError(f"these weights are not {model_name}: {'; '.join(different)}; name the right model, or None")
+
+
+def _stored_numbers(output: Path) -> Counter[str]:
+    """How many numbers of each dtype the safetensors hold. Reads headers alone."""
+    shards = sorted(output.glob("*.safetensors"))
+    if not shards:
+        raise FileNotFoundError(f"no *.safetensors in {output}: write the weights first, the card describes them")
+    numbers: Counter[str] = Counter()
+    for shard in shards:
+        with safe_open(shard, framework="np") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (it is no mapping and cannot be iterated over)
+                tensor = tensors.get_slice(name)
+                dtype = tensor.get_dtype()
+                numbers[DTYPES.get(dtype, dtype)] += math.prod(tensor.get_shape())
+    return numbers
+
+
+def _checkpoint_section(
+    model_name: str | None, config: RecurrentGemmaConfig, numbers: Counter[str], converted_from: str
+) -> str:
+    blocks = Counter(config.layers_block_type)
+    kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(blocks.items(), reverse=True))
+    rows = {
+        "Checkpoint": model_name or "not one of those that Google published",
+        "Converted from": converted_from,
+        "Parameters": f"{numbers.total():,}",
+        "Stored as": ", ".join(dtype for dtype, _ in numbers.most_common()),
+        "Blocks": f"{config.num_hidden_layers}: {kinds}",
+        "Width": f"{config.hidden_size:,}; RG-LRU {config.lru_width:,}",
+        "Vocabulary": f"{config.vocab_size:,}",
+    }
+    if "attention" in blocks:
+        rows["Local attention"] = f"a token sees itself and the {config.attention_window_size:,} tokens before it"
+    lines = [f"| {title} | {value} |" for title, value in rows.items()]
+    return "\n".join(["## This checkpoint", "", "| | |", "|---|---|", *lines])

@@ -14,8 +14,9 @@ What SentencePiece does with a text, and what stands for it here (`sentencepiece
    merged, the leftmost of equals, until none is left       -> `models.BPE`, merges in the order of the scores
 4. a character that is no piece becomes its UTF-8 bytes     -> `byte_fallback`
 
-Two things differ on purpose, as in every tokenizer on the Hub: `<bos>` is put in front, and the text of a control
-token ("<bos>") is read as that token, without which a chat template could not write it.
+Three things differ, as in every tokenizer on the Hub. `<bos>` is put in front. The text of a control token ("<bos>") is
+read as that token, without which a chat template could not write it. And where a model writes byte tokens that are no
+UTF-8, `decode` marks each byte of the run with U+FFFD, SentencePiece the invalid ones alone; no encoded text has them.
 """
 
 from __future__ import annotations

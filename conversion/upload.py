@@ -12,7 +12,7 @@ from pathlib import Path
 from huggingface_hub import HfApi, get_token
 
 # HTTPError is that of httpx in huggingface_hub 1 and of httpx2 in 2: asked from here, it is the right one of the two.
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 
 
@@ -46,7 +46,9 @@ def push(folder: Path, repo_id: str, private: bool = False) -> str:
     try:
         api.create_repo(repo_id, private=private, exist_ok=True)
         commit = api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=f"Upload {folder.name}")
-    except (HfHubHTTPError, HTTPError, RuntimeError) as error:
+    except OfflineModeIsEnabled:
+        raise  # a ConnectionError that says itself how to go online
+    except (HfHubHTTPError, HTTPError, ConnectionError, TimeoutError, RuntimeError) as error:  # the last three: hf_xet
         raise _explained(error, repo_id) from error
     return commit.commit_url
 
@@ -60,7 +62,7 @@ def _check_folder(folder: Path) -> None:
 
 def _explained(error: Exception, repo_id: str) -> OSError:
     """What went wrong, and what to do, from whatever huggingface_hub raised."""
-    # A failed blob comes as a RuntimeError that names the file, raised from what the server said.
+    # Without hf_xet, a failed blob is a RuntimeError that names the file, raised from what the server said.
     answer = error.__cause__ if isinstance(error.__cause__, HfHubHTTPError) else error
     status = answer.response.status_code if isinstance(answer, HfHubHTTPError) else None
     if status in (401, 403):

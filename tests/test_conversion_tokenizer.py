@@ -132,6 +132,12 @@ def test_invalid_utf8_is_replaced_as_by_sentencepiece(tokenizer, reference, brok
     assert tokenizer(one_mark_per_byte, add_special_tokens=False)["input_ids"] == reference.encode(broken)
 
 
+def test_bytes_that_are_no_text_are_marked_in_the_decoded_text(tokenizer, reference):
+    ids = tokenizer.convert_tokens_to_ids([f"<0x{byte:02X}>" for byte in "€".encode()])
+    assert tokenizer.decode(ids) == reference.decode(ids) == "€"
+    assert tokenizer.decode(ids[:2]) == reference.decode(ids[:2]) == "\ufffd\ufffd"
+
+
 def test_special_tokens_can_be_left_out_of_the_decoded_text(tokenizer):
     ids = tokenizer("<start_of_turn>user\nhi<end_of_turn>")["input_ids"]
     assert tokenizer.decode(ids) == "<bos><start_of_turn>user\nhi<end_of_turn>"

@@ -1,7 +1,8 @@
 """push() against a stand-in for the Hub on the loopback: what arrives, what a rerun sends again, what errors say.
 
-The stand-in speaks the LFS protocol, so hf_xet, which huggingface_hub prefers where the Hub offers it, is switched off.
-push() runs in a process of its own: huggingface_hub reads its endpoint and its switches when it is imported.
+The stand-in speaks the LFS protocol. hf_xet, which huggingface_hub prefers and whose protocol is its own, is switched
+off in all tests but the one of its errors. push() runs in a process of its own: huggingface_hub reads its endpoint and
+its switches when it is imported.
 """
 
 import base64
@@ -283,6 +284,23 @@ def test_nobody_answers(folder: Path, tmp_path: Path):
     done = push(folder, url, tmp_path)
     assert done.returncode == 1
     assert "ConnectionError: the upload to somebody/my-griffin broke off" in done.stderr
+
+
+def test_errors_of_xet_carry_the_remedy_too(hub: StandIn, folder: Path, tmp_path: Path):
+    hub.failures[f"GET /api/models/{REPO}/xet-write-token"] = [403]
+    done = push(folder, hub.url, tmp_path, HF_HUB_DISABLE_XET="0")
+    assert done.returncode == 1
+    assert "ConnectionError: the upload to somebody/my-griffin broke off" in done.stderr
+    assert "run the same command again" in done.stderr
+    assert hub.commits == 0
+
+
+def test_offline_mode_is_said_as_it_is(hub: StandIn, folder: Path, tmp_path: Path):
+    done = push(folder, hub.url, tmp_path, HF_HUB_OFFLINE="1")
+    assert done.returncode == 1
+    assert "OfflineModeIsEnabled" in done.stderr
+    assert "HF_HUB_OFFLINE" in done.stderr
+    assert hub.requests == []
 
 
 def test_bad_arguments_are_named_before_anything_is_sent(hub: StandIn, folder: Path, tmp_path: Path):

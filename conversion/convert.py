@@ -1,0 +1,155 @@
+"""The two directions, and the command line that the four scripts share."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import checks
+import mapping
+import torch
+from checks import Claims, ConversionError
+from extras import check_extra_files, write_extra_files
+from mapping import Dialect, Row
+from sources import DTYPES, HfSource, OfficialSource, OrbaxSource, Source, TorchSource
+from targets import OrbaxFolder, Plan, SafetensorsFolder, Spec, Target, TorchFile, staged, total_bytes
+from tqdm import tqdm
+from verification import verify_bits, verify_logits
+
+from recurrent_gemma_hf import PRESETS, RecurrentGemmaConfig
+
+_SOURCES: dict[Dialect, Callable[[Path], OfficialSource]] = {"jax": OrbaxSource, "torch": TorchSource}
+_TARGETS: dict[Dialect, Callable[[Path, Plan], Target]] = {"jax": OrbaxFolder, "torch": TorchFile}
+
+
+class Options(NamedTuple):
+    """What the command line says besides the two paths."""
+
+    claims: Claims = Claims()
+    tokenizer: Path | None = None
+    dtype: torch.dtype | None = None  # None: as in the checkpoint
+    verify: bool = False
+
+
+def official_to_hf(dialect: Dialect, checkpoint: Path, output: Path, options: Options) -> RecurrentGemmaConfig:
+    """Converts a checkpoint of the official code to a folder that `from_pretrained` loads."""
+    check_extra_files(options.tokenizer)
+    source = _SOURCES[dialect](checkpoint)
+    config = checks.infer_config(source.shapes, dialect, options.claims)
+    rows = mapping.table(config, dialect)
+    ours = checks.our_shapes(config)
+    checks.check_bijection(rows, ours, _official_shapes(rows, ours), source.shapes)
+    dtype_of = {row.official: options.dtype or source.dtypes[row.official] for row in rows}
+    plan = {name: Spec(ours[name], dtype_of[row.official]) for row in rows for name in row.ours}
+    # from_pretrained casts all parameters to this dtype, so it is the one that holds each of them exactly.
+    config.dtype = max(dtype_of.values(), key=lambda dtype: dtype.itemsize)
+    config.architectures = ["RecurrentGemmaForCausalLM"]
+    with staged(output, total_bytes(plan)) as folder:
+        _copy(SafetensorsFolder(folder, plan), rows, source, plan, _row_to_ours)
+        config.save_pretrained(folder)
+        write_extra_files(folder, options.tokenizer)
+        _verify(options, source, folder, rows, config)
+    return config
+
+
+def hf_to_official(dialect: Dialect, checkpoint: Path, output: Path, options: Options) -> RecurrentGemmaConfig:
+    """Converts a folder of `save_pretrained` to a checkpoint of the official code."""
+    source = HfSource(checkpoint)
+    try:
+        config = RecurrentGemmaConfig.from_pretrained(checkpoint)
+    except (ValueError, OSError) as error:
+        raise ConversionError(f"{checkpoint}/config.json is no RecurrentGemma config: {error}") from error
+    checks.check_official_can_express(config, options.claims)
+    rows = mapping.table(config, dialect)
+    ours = checks.our_shapes(config)
+    checks.check_bijection(rows, ours, ours, source.shapes)
+    shapes = _official_shapes(rows, ours)
+    plan = {row.official: Spec(shapes[row.official], options.dtype or _widest(source, row)) for row in rows}
+    with staged(output, total_bytes(plan)) as path:
+        _copy(_TARGETS[dialect](path, plan), rows, source, plan, _row_to_official)
+        _verify(options, _SOURCES[dialect](path), checkpoint, rows, config)
+    return config
+
+
+def _official_shapes(rows: list[Row], ours: checks.Shapes) -> checks.Shapes:
+    """As `checks.official_shapes`, for the rows whose parameters exist: the others are reported by the bijection."""
+    return checks.official_shapes([row for row in rows if all(name in ours for name in row.ours)], ours)
+
+
+def _widest(source: Source, row: Row) -> torch.dtype:
+    return max((source.dtypes[name] for name in row.ours), key=lambda dtype: dtype.itemsize)
+
+
+def _row_to_ours(row: Row, source: Source) -> dict[str, torch.Tensor]:
+    return dict(zip(row.ours, row.layout.to_ours(source.read(row.official)), strict=True))
+
+
+def _row_to_official(row: Row, source: Source) -> dict[str, torch.Tensor]:
+    return {row.official: row.layout.to_official(*(source.read(name) for name in row.ours))}
+
+
+def _copy(target: Target, rows: list[Row], source: Source, plan: Plan, convert: Callable) -> None:
+    """Streams every row from `source` to `target`: one official array is in memory at a time."""
+    progress = tqdm(total=total_bytes(plan), unit="B", unit_scale=True, disable=None)
+    try:
+        with progress:
+            for row in rows:
+                for name, tensor in convert(row, source).items():
+                    target.write(name, tensor.to(plan[name].dtype))
+                    progress.update(plan[name].nbytes)
+                    del tensor
+    finally:
+        target.close()
+
+
+def _verify(
+    options: Options, official: OfficialSource, folder: Path, rows: list[Row], config: RecurrentGemmaConfig
+) -> None:
+    if options.verify:
+        verify_bits(official, HfSource(folder), rows, options.dtype)
+        verify_logits(official, folder, config, options.dtype)
+
+
+# --- the command line -------------------------------------------------------------------------------------------------
+
+
+def main(direction: Callable, dialect: Dialect, description: str, arguments: list[str] | None = None) -> None:
+    """Runs one of the four scripts: `direction` is one of the two functions above."""
+    parser = _parser(description, with_tokenizer=direction is official_to_hf)
+    given = parser.parse_args(arguments)
+    options = Options(
+        Claims(given.preset, given.attention_window_size, given.logits_soft_cap, given.scale_embeddings),
+        getattr(given, "tokenizer", None),
+        DTYPES.get(given.dtype),
+        given.verify,
+    )
+    try:
+        config = direction(dialect, given.checkpoint, given.output, options)
+    except ConversionError as error:
+        sys.exit(f"error: {error}")
+    verified = ", verified" if given.verify else ""
+    print(f"{given.output}: {config.num_hidden_layers} layers of width {config.hidden_size}{verified}")
+
+
+def _parser(description: str, with_tokenizer: bool) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
+    parser.add_argument("output", type=Path, metavar="OUTPUT")
+    parser.add_argument("--preset", choices=PRESETS, help="the published architecture that it is (checked)")
+    parser.add_argument("--attention-window-size", type=int, metavar="N", help="how many tokens back a query sees")
+    parser.add_argument("--logits-soft-cap", type=float, metavar="C", help="c in c tanh(logits / c); 0: none")
+    parser.add_argument(
+        "--scale-embeddings",
+        action=argparse.BooleanOptionalAction,
+        help="whether embeddings are multiplied by sqrt(width): yes for RecurrentGemma, no in the Griffin paper",
+    )
+    if with_tokenizer:
+        parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="the archive's tokenizer.model")
+    parser.add_argument("--dtype", choices=DTYPES, help="dtype of the result (default: as in the checkpoint)")
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="read the result again, compare every bit, and compare logits with the official code in float32",
+    )
+    return parser

@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -90,15 +91,23 @@ def _row_to_official(row: Row, source: Source) -> dict[str, torch.Tensor]:
 
 
 def _copy(target: Target, rows: list[Row], source: Source, plan: Plan, convert: Callable) -> None:
-    """Streams every row from `source` to `target`: one official array is in memory at a time."""
+    """Streams every row from `source` to `target`: while one is written, the next is read, and no more is in memory."""
+
+    def read(row: Row) -> dict[str, torch.Tensor]:
+        return {name: tensor.to(plan[name].dtype).contiguous() for name, tensor in convert(row, source).items()}
+
     progress = tqdm(total=total_bytes(plan), unit="B", unit_scale=True, disable=None)
     try:
-        with progress:
-            for row in rows:
-                for name, tensor in convert(row, source).items():
-                    target.write(name, tensor.to(plan[name].dtype))
+        with progress, ThreadPoolExecutor(max_workers=1) as reader:
+            coming = reader.submit(read, rows[0])
+            for following in [*rows[1:], None]:
+                arrays = coming.result()
+                if following is not None:
+                    coming = reader.submit(read, following)
+                while arrays:
+                    name = next(iter(arrays))
+                    target.write(name, arrays.pop(name))
                     progress.update(plan[name].nbytes)
-                    del tensor
     finally:
         target.close()
 
@@ -126,8 +135,10 @@ def main(direction: Callable, dialect: Dialect, description: str, arguments: lis
     )
     try:
         config = direction(dialect, given.checkpoint, given.output, options)
-    except ConversionError as error:
+    except (ConversionError, OSError) as error:  # of the disk, for instance
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(f"interrupted: nothing was left in {given.output.absolute().parent}")
     verified = ", verified" if given.verify else ""
     print(f"{given.output}: {config.num_hidden_layers} layers of width {config.hidden_size}{verified}")
 

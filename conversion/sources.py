@@ -61,10 +61,13 @@ class OrbaxSource:
             raise ConversionError(f"{self.path} is empty: give the folder that holds the Orbax checkpoint")
         files = {"driver": "file", "path": f"{self.path.resolve()}/"}
         if not entries & {"_METADATA", "checkpoint"}:
+            inside = " or ".join(str(file.parent) for file in sorted(self.path.glob("*/_METADATA")))
+            remedy = (
+                f"give {inside}, which has one" if inside else "it is no Orbax checkpoint, or the copy is incomplete"
+            )
             raise ConversionError(
-                f"{self.path} has no _METADATA (nor, as the oldest Orbax wrote it, a file `checkpoint`): either it is "
-                f"not the folder of an Orbax checkpoint, or the copy is incomplete. It holds "
-                f"{', '.join(sorted(entries)[:5])}"
+                f"{self.path} has no _METADATA (nor, as the oldest Orbax wrote it, a file `checkpoint`): {remedy}. It "
+                f"holds {', '.join(sorted(entries)[:5])}"
             )
         if "manifest.ocdbt" in entries:
             return {"driver": "ocdbt", "base": files}

@@ -504,6 +504,10 @@ def test_a_folder_that_is_no_checkpoint(tmp_path, config):
     _refused(tmp_path, "jax", tmp_path / "photos", config, r"photos has no _METADATA .* It holds cat.jpg")
 
 
+def test_the_folder_around_the_checkpoint(tmp_path, config, orbax):
+    _refused(tmp_path, "jax", tmp_path, config, rf"has no _METADATA .*: give {orbax}, which has one")
+
+
 @pytest.mark.parametrize(
     ("ocdbt", "lost", "message"),
     [
@@ -673,6 +677,26 @@ def test_the_readme_on_an_archive_laid_out_like_kaggles(tmp_path, config, orbax)
     wrong = run_script(*command, "--scale-embeddings")
     assert wrong.returncode == 1
     assert wrong.stderr == f"error: {tmp_path / 'hf'} is not empty: give a new folder, or empty it first\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (KeyboardInterrupt(), "interrupted: nothing was left in {folder}"),
+        (OSError(28, "No space left on device"), "error: [Errno 28] No space left on device"),
+    ],
+    ids=["ctrl-c", "disk full"],
+)
+def test_the_command_line_ends_with_a_message(tmp_path, config, pt, monkeypatch, error, message):
+    def fail(self, name, tensor):
+        raise error
+
+    monkeypatch.setattr(targets.SafetensorsFolder, "write", fail)
+    claims = "--attention-window-size 12 --logits-soft-cap 3 --no-scale-embeddings".split()
+    with pytest.raises(SystemExit) as end:
+        convert.main(official_to_hf, "torch", "", [str(pt), str(tmp_path / "hf"), *claims])
+    assert end.value.code == message.format(folder=tmp_path)
+    assert left_in(tmp_path) == {"2b.pt"}
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,14 @@
 `huggingface_hub.upload_folder` does the work: it asks the Hub about each file, skips what is there already, sends large
 files as blobs that stay even when the rest fails, and commits files when their blobs have arrived. So a repository
 never shows a commit that points to weights which are not there. (`upload_large_folder` is gone from huggingface_hub 2.)
+
+    python conversion/upload.py FOLDER owner/name [--private]
 """
 
 from __future__ import annotations
 
+import argparse
+import sys
 from pathlib import Path
 
 from huggingface_hub import HfApi, get_token
@@ -70,3 +74,20 @@ def _explained(error: Exception, repo_id: str) -> OSError:
     return ConnectionError(
         f"the upload to {repo_id} broke off: {error}; run the same command again, what has arrived is not sent twice"
     )
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Uploads a checkpoint folder to the Hub, or resumes that.")
+    parser.add_argument("folder", type=Path, metavar="FOLDER")
+    parser.add_argument("repo_id", metavar="REPO", help="owner/name")
+    parser.add_argument("--private", action="store_true", help="if the repository has to be created")
+    given = parser.parse_args()
+    try:
+        print(f"pushed: {push(given.folder, given.repo_id, given.private)}")
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,227 @@
+"""What is checked before a byte is written: the config that the arrays describe, and that the mapping is one to one."""
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+
+import torch
+from mapping import Dialect, Row
+
+from recurrent_gemma_hf import RecurrentGemmaConfig, RecurrentGemmaForCausalLM
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+class ConversionError(ValueError):
+    """The input, the output or the options do not allow the conversion; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class Claims:
+    """What the caller says about the model; None says nothing. The arrays cannot know the last three."""
+
+    preset: str | None = None
+    attention_window_size: int | None = None
+    logits_soft_cap: float | None = None
+    embeddings_scale_by_sqrt_dim: bool | None = None
+
+    def stated(self) -> dict[str, int | float | bool]:
+        """The fields that an option sets, or else the preset."""
+        preset = {} if self.preset is None else _preset(self.preset)
+        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "preset"}
+        return {
+            name: preset[name] if value is None else value
+            for name, value in values.items()
+            if value is not None or preset
+        }
+
+
+OPTION_OF_FIELD = {
+    "attention_window_size": "--attention-window-size N",
+    "logits_soft_cap": "--logits-soft-cap C (0: none)",
+    "embeddings_scale_by_sqrt_dim": "--scale-embeddings or --no-scale-embeddings",
+}
+# What a preset says and arrays show. As in the official code, a preset leaves the vocabulary open.
+_SHAPE_FIELDS = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "lru_width",
+    "conv1d_width",
+    "layers_block_type",
+)
+# The official code has these values built in.
+_OFFICIAL_CONSTANTS = {
+    "num_key_value_heads": 1,
+    "attention_bias": False,
+    "tie_word_embeddings": True,
+    "rope_theta": 10_000.0,
+    "partial_rotary_factor": 0.5,
+    "rms_norm_eps": 1e-6,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "conv1d_width": 4,
+}
+
+
+def _preset(name: str) -> dict:
+    config = RecurrentGemmaConfig.from_preset(name)
+    fields_of_preset = {field: getattr(config, field) for field in (*_SHAPE_FIELDS, *OPTION_OF_FIELD)}
+    if "recurrent" not in config.layers_block_type:
+        del fields_of_preset["lru_width"]
+    return fields_of_preset
+
+
+# --- the config -------------------------------------------------------------------------------------------------------
+
+
+def infer_config(shapes: Shapes, dialect: Dialect, claims: Claims) -> RecurrentGemmaConfig:
+    """The config of an official checkpoint: sizes from the arrays' shapes, the rest from the caller's `claims`."""
+    sizes = _infer_sizes(shapes, dialect)
+    unsaid = [option for field, option in OPTION_OF_FIELD.items() if field not in claims.stated()]
+    if unsaid:
+        raise ConversionError(
+            "the arrays of a checkpoint do not say everything about the model: give --preset NAME, or "
+            + " and ".join(unsaid)
+        )
+    try:
+        config = RecurrentGemmaConfig(**sizes, **claims.stated())
+    except ValueError as error:
+        raise ConversionError(f"the arrays describe no possible model: {error}") from error
+    _refuse_contradictions(config, claims, "the arrays say")
+    return config
+
+
+def _infer_sizes(shapes: Shapes, dialect: Dialect) -> dict:
+    kinds = _block_kinds(shapes)
+    embedding = shapes.get("embedder.input_embedding", ())
+    branch = _first(shapes, r"mlp_block\.ffw_up\.w")
+    gate = _first(shapes, r"recurrent_block\.rg_lru\.a_gate\.b")
+    taps = _first(shapes, r"recurrent_block\.conv_1d\.w")
+    key = _first(shapes, r"attention_block\.proj_k\.(kernel|weight)")
+    head_dim = 0 if len(key) != 2 else key[1] if dialect == "jax" else key[0]
+    lacking = [
+        name
+        for name, found in (
+            ("embedder.input_embedding (V, E)", len(embedding) == 2),
+            ("blocks.N.mlp_block.ffw_up.w (2, E, F)", len(branch) == 3),
+            ("blocks.N.recurrent_block.rg_lru.a_gate.b (H, D / H) or blocks.N.attention_block.proj_k",
+             len(gate) == 2 or head_dim),
+        )
+        if not found
+    ]  # fmt: skip
+    if lacking or not kinds:
+        raise ConversionError(
+            f"this is not a Griffin, Hawk or RecurrentGemma checkpoint of the official code: it has no "
+            f"{', no '.join(lacking or ['blocks.0'])}. It holds {_some(sorted(shapes))}"
+        )
+    sizes = {
+        "vocab_size": embedding[0],
+        "hidden_size": embedding[1],
+        "intermediate_size": 2 * branch[2],
+        "num_hidden_layers": len(kinds),
+        "num_attention_heads": gate[0] if len(gate) == 2 else embedding[1] // head_dim,
+        "block_types": _pattern(kinds),
+    }
+    if len(gate) == 2:
+        sizes["lru_width"] = gate[0] * gate[1]
+    if len(taps) == 2:
+        sizes["conv1d_width"] = taps[0]
+    return sizes
+
+
+def _block_kinds(shapes: Shapes) -> list[str]:
+    kinds: dict[int, set[str]] = {}
+    for name in shapes:
+        if match := re.match(r"blocks\.(\d+)\.(?:(recurrent|attention)_block)?", name):
+            kinds.setdefault(int(match[1]), set()).add(match[2] or "")
+    unclear = [i for i in range(max(kinds, default=-1) + 1) if len(kinds.get(i, set()) - {""}) != 1]
+    if unclear:
+        raise ConversionError(
+            "each layer needs either a recurrent_block or an attention_block: the checkpoint has none, or both, in "
+            + ", ".join(f"blocks.{i}" for i in unclear)
+        )
+    return [(kinds[i] - {""}).pop() for i in range(len(kinds))]
+
+
+def _first(shapes: Shapes, pattern: str) -> tuple[int, ...]:
+    """The shape of the first array of any layer that matches, () if there is none."""
+    return next((shape for name, shape in shapes.items() if re.fullmatch(rf"blocks\.\d+\.{pattern}", name)), ())
+
+
+def _pattern(kinds: list[str]) -> list[str]:
+    """The shortest pattern that, repeated and cut, gives these layers: what the published configs hold."""
+    lengths = range(1, len(kinds) + 1)
+    period = next(n for n in lengths if all(kind == kinds[i % n] for i, kind in enumerate(kinds)))
+    return kinds[:period]
+
+
+def _refuse_contradictions(config: RecurrentGemmaConfig, claims: Claims, who: str) -> None:
+    preset = {} if claims.preset is None else _preset(claims.preset)
+    claimed = {**{field: value for field, value in preset.items() if field in _SHAPE_FIELDS}, **claims.stated()}
+    wrong = [
+        f"{field}: {who} {getattr(config, field)!r}, "
+        f"{f'preset {claims.preset}' if field in preset else 'the option'} says {value!r}"
+        for field, value in claimed.items()
+        if getattr(config, field) != value
+    ]
+    if wrong:
+        raise ConversionError("the checkpoint contradicts what was said about it:\n  " + "\n  ".join(wrong))
+
+
+def check_official_can_express(config: RecurrentGemmaConfig, claims: Claims) -> None:
+    """Raises unless the official code can run a model with this config, and the caller's claims agree with it."""
+    _refuse_contradictions(config, claims, "config.json says")
+    wrong = [
+        f"{field}={getattr(config, field)!r} (official: {value!r})"
+        for field, value in _OFFICIAL_CONSTANTS.items()
+        if getattr(config, field) != value
+    ]
+    if wrong:
+        raise ConversionError(f"the official code has no model with {', '.join(wrong)}")
+
+
+# --- the bijection ----------------------------------------------------------------------------------------------------
+
+
+def our_shapes(config: RecurrentGemmaConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of our parameters, asked of the model itself; the tied head counts once."""
+    with torch.device("meta"):
+        model = RecurrentGemmaForCausalLM(config)
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def official_shapes(rows: list[Row], ours: Shapes) -> dict[str, tuple[int, ...]]:
+    """Shapes of the official arrays for parameters of ours of these shapes."""
+    return {
+        row.official: tuple(
+            row.layout.to_official(*(torch.empty(ours[name], device="meta") for name in row.ours)).shape
+        )
+        for row in rows
+    }
+
+
+def check_bijection(rows: list[Row], ours: Shapes, expected: Shapes, found: Shapes) -> None:
+    """Raises one error that names everything in the way of a bijection.
+
+    Every parameter of our model (`ours`) comes from one row, no array has two rows, and the arrays that were `found`
+    are those `expected`, shape by shape.
+    """
+    used = Counter(name for row in rows for name in row.ours) + Counter(row.official for row in rows)
+    problems = [f"used {count} times by the mapping: {name}" for name, count in used.items() if count > 1]
+    problems += [f"without a row in the mapping: {name}" for name in ours if name not in used]
+    problems += [f"missing: {name} {expected[name]}" for name in expected if name not in found]
+    problems += [f"unexpected: {name} {found[name]}" for name in found if name not in expected]
+    problems += [
+        f"wrong shape: {name} is {found[name]}, expected {expected[name]}"
+        for name in expected
+        if name in found and found[name] != expected[name]
+    ]
+    if problems:
+        raise ConversionError("the arrays are not those of the model:\n  " + "\n  ".join(problems))
+
+
+def _some(names: list[str], limit: int = 5) -> str:
+    more = f" and {len(names) - limit} more arrays" if len(names) > limit else ""
+    return (", ".join(names[:limit]) or "nothing") + more

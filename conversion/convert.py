@@ -1,0 +1,189 @@
+"""The two directions, and the command line that the four scripts share."""
+
+import argparse
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import checks
+import mapping
+import torch
+from cards import published_name
+from checks import Claims, ConversionError
+from extras import check_extra_files, write_extra_files
+from mapping import Dialect, Row
+from sources import DTYPES, HfSource, OfficialSource, OrbaxSource, Source, TorchSource
+from targets import OrbaxFolder, Plan, SafetensorsFolder, Spec, Target, TorchFile, staged, total_bytes
+from tqdm import tqdm
+from upload import push
+from verification import verify_bits, verify_logits
+
+from recurrent_gemma_hf import PRESETS, RecurrentGemmaConfig
+
+_SOURCES: dict[Dialect, Callable[[Path], OfficialSource]] = {"jax": OrbaxSource, "torch": TorchSource}
+_TARGETS: dict[Dialect, Callable[[Path, Plan], Target]] = {"jax": OrbaxFolder, "torch": TorchFile}
+
+
+class Options(NamedTuple):
+    """What the command line says besides the two paths."""
+
+    claims: Claims = Claims()
+    tokenizer: Path | None = None
+    dtype: torch.dtype | None = None  # None: as in the checkpoint
+    verify: bool = False
+    push_to_hub: str | None = None  # owner/name of a repository
+
+
+def official_to_hf(dialect: Dialect, checkpoint: Path, output: Path, options: Options) -> RecurrentGemmaConfig:
+    """Converts a checkpoint of the official code to a folder that `from_pretrained` loads."""
+    source = _SOURCES[dialect](checkpoint)
+    config = checks.infer_config(source.shapes, dialect, options.claims)
+    check_extra_files(checkpoint, options.tokenizer, config.vocab_size)
+    rows = mapping.table(config, dialect)
+    ours = checks.our_shapes(config)
+    checks.check_bijection(rows, ours, _official_shapes(rows, ours), source.shapes)
+    dtype_of = {row.official: options.dtype or source.dtypes[row.official] for row in rows}
+    plan = {name: Spec(ours[name], dtype_of[row.official]) for row in rows for name in row.ours}
+    # from_pretrained casts all parameters to this dtype, so it is the one that holds each of them exactly.
+    config.dtype = max(dtype_of.values(), key=lambda dtype: dtype.itemsize)
+    config.architectures = ["RecurrentGemmaForCausalLM"]
+    with staged(output, total_bytes(plan)) as folder:
+        _copy(SafetensorsFolder(folder, plan), rows, source, plan, _row_to_ours)
+        config.save_pretrained(folder)
+        write_extra_files(folder, checkpoint, options.tokenizer, published=_is_published(checkpoint, options.claims))
+        _verify(options, source, folder, rows, config)
+    if options.push_to_hub is not None:
+        _push(output, options.push_to_hub)
+    return config
+
+
+def _push(output: Path, repo_id: str) -> None:
+    try:
+        print(f"pushed: {push(output, repo_id)}")
+    except (ValueError, OSError) as error:
+        resume = f"python conversion/upload.py {output} {repo_id}"
+        raise ConversionError(f"{error}\n{output} is complete; push it with: {resume}") from error
+
+
+def _is_published(checkpoint: Path, claims: Claims) -> bool:
+    """Whether the archive's name and the preset agree that this is one of Google's released models."""
+    name = published_name(checkpoint)
+    return name is not None and claims.preset == name.removesuffix("-it")
+
+
+def hf_to_official(dialect: Dialect, checkpoint: Path, output: Path, options: Options) -> RecurrentGemmaConfig:
+    """Converts a folder of `save_pretrained` to a checkpoint of the official code."""
+    source = HfSource(checkpoint)
+    try:
+        config = RecurrentGemmaConfig.from_pretrained(checkpoint)
+    except (ValueError, OSError) as error:
+        raise ConversionError(f"{checkpoint}/config.json is no RecurrentGemma config: {error}") from error
+    checks.check_official_can_express(config, options.claims)
+    rows = mapping.table(config, dialect)
+    ours = checks.our_shapes(config)
+    checks.check_bijection(rows, ours, ours, source.shapes)
+    shapes = _official_shapes(rows, ours)
+    plan = {row.official: Spec(shapes[row.official], options.dtype or _widest(source, row)) for row in rows}
+    with staged(output, total_bytes(plan)) as path:
+        _copy(_TARGETS[dialect](path, plan), rows, source, plan, _row_to_official)
+        _verify(options, _SOURCES[dialect](path), checkpoint, rows, config)
+    return config
+
+
+def _official_shapes(rows: list[Row], ours: checks.Shapes) -> checks.Shapes:
+    """As `checks.official_shapes`, for the rows whose parameters exist: the others are reported by the bijection."""
+    return checks.official_shapes([row for row in rows if all(name in ours for name in row.ours)], ours)
+
+
+def _widest(source: Source, row: Row) -> torch.dtype:
+    return max((source.dtypes[name] for name in row.ours), key=lambda dtype: dtype.itemsize)
+
+
+def _row_to_ours(row: Row, source: Source) -> dict[str, torch.Tensor]:
+    return dict(zip(row.ours, row.layout.to_ours(source.read(row.official)), strict=True))
+
+
+def _row_to_official(row: Row, source: Source) -> dict[str, torch.Tensor]:
+    return {row.official: row.layout.to_official(*(source.read(name) for name in row.ours))}
+
+
+def _copy(target: Target, rows: list[Row], source: Source, plan: Plan, convert: Callable) -> None:
+    """Streams every row from `source` to `target`: while one is written, the next is read, and no more is in memory."""
+
+    def read(row: Row) -> dict[str, torch.Tensor]:
+        return {name: tensor.to(plan[name].dtype).contiguous() for name, tensor in convert(row, source).items()}
+
+    progress = tqdm(total=total_bytes(plan), unit="B", unit_scale=True, disable=None)
+    try:
+        with progress, ThreadPoolExecutor(max_workers=1) as reader:
+            coming = reader.submit(read, rows[0])
+            for following in [*rows[1:], None]:
+                arrays = coming.result()
+                if following is not None:
+                    coming = reader.submit(read, following)
+                while arrays:
+                    name = next(iter(arrays))
+                    target.write(name, arrays.pop(name))
+                    progress.update(plan[name].nbytes)
+    finally:
+        target.close()
+
+
+def _verify(
+    options: Options, official: OfficialSource, folder: Path, rows: list[Row], config: RecurrentGemmaConfig
+) -> None:
+    if options.verify:
+        verify_bits(official, HfSource(folder), rows, options.dtype)
+        verify_logits(official, folder, config, options.dtype)
+
+
+# --- the command line -------------------------------------------------------------------------------------------------
+
+
+def main(direction: Callable, dialect: Dialect, description: str, arguments: list[str] | None = None) -> None:
+    """Runs one of the four scripts: `direction` is one of the two functions above."""
+    parser = _parser(description, with_tokenizer=direction is official_to_hf)
+    given = parser.parse_args(arguments)
+    options = Options(
+        Claims(given.preset, given.attention_window_size, given.logits_soft_cap, given.scale_embeddings),
+        getattr(given, "tokenizer", None),
+        DTYPES.get(given.dtype),
+        given.verify,
+        getattr(given, "push_to_hub", None),
+    )
+    try:
+        config = direction(dialect, given.checkpoint, given.output, options)
+    except (ConversionError, ValueError, OSError) as error:  # of the tokenizer, the disk, the Hub
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(f"interrupted: nothing was left in {given.output.absolute().parent}")
+    verified = ", verified" if given.verify else ""
+    print(f"{given.output}: {config.num_hidden_layers} layers of width {config.hidden_size}{verified}")
+
+
+def _parser(description: str, with_tokenizer: bool) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
+    parser.add_argument("output", type=Path, metavar="OUTPUT")
+    parser.add_argument("--preset", choices=PRESETS, help="the published architecture that it is (checked)")
+    parser.add_argument("--attention-window-size", type=int, metavar="N", help="how many tokens back a query sees")
+    parser.add_argument("--logits-soft-cap", type=float, metavar="C", help="c in c tanh(logits / c); 0: none")
+    parser.add_argument(
+        "--scale-embeddings",
+        action=argparse.BooleanOptionalAction,
+        help="whether embeddings are multiplied by sqrt(width): yes for RecurrentGemma, no in the Griffin paper",
+    )
+    if with_tokenizer:
+        parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="the archive's tokenizer.model")
+        parser.add_argument(
+            "--push-to-hub", metavar="REPO", help="upload the result to owner/name; run again to resume"
+        )
+    parser.add_argument("--dtype", choices=DTYPES, help="dtype of the result (default: as in the checkpoint)")
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="read the result again, compare every bit, and compare logits with the official code in float32",
+    )
+    return parser

@@ -1,0 +1,6 @@
+"""A folder of save_pretrained -> an Orbax checkpoint of the official JAX code."""
+
+from convert import hf_to_official, main
+
+if __name__ == "__main__":
+    main(hf_to_official, "jax", __doc__)

@@ -1,0 +1,6 @@
+"""A folder of save_pretrained -> a .pt file of the official PyTorch code."""
+
+from convert import hf_to_official, main
+
+if __name__ == "__main__":
+    main(hf_to_official, "torch", __doc__)

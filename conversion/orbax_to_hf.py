@@ -1,0 +1,6 @@
+"""An Orbax checkpoint of the official JAX code -> a folder that from_pretrained loads."""
+
+from convert import main, official_to_hf
+
+if __name__ == "__main__":
+    main(official_to_hf, "jax", __doc__)

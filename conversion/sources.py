@@ -1,0 +1,240 @@
+"""Checkpoints to read from, one array at a time: Orbax folders, .pt archives of torch.save, safetensors folders.
+
+Each source has `shapes` and `dtypes` by name (known without reading any array), the mapping's `dialect` where it is an
+official one, and `read(name)`, which returns a CPU tensor and keeps nothing of it in memory.
+"""
+
+import json
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from checks import ConversionError
+from mapping import Dialect
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_DAMAGED = "the file is damaged or incomplete: copy or download the checkpoint again"
+
+
+class Source(Protocol):
+    """What all sources have in common."""
+
+    shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, torch.dtype]
+
+    def read(self, name: str) -> Tensor:
+        """The array of this name."""
+
+
+class OfficialSource(Source, Protocol):
+    """A checkpoint of the official code."""
+
+    dialect: Dialect
+
+
+# --- Orbax ------------------------------------------------------------------------------------------------------------
+
+
+class OrbaxSource:
+    """An Orbax checkpoint: OCDBT or one folder per array, zarr or zarr3, with or without the outer `params`."""
+
+    dialect: Dialect = "jax"
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._base = self._find_store()
+        self._arrays = self._open_arrays()
+        self.shapes = {name: tuple(array.shape) for name, array in self._arrays.items()}
+        self.dtypes = {name: _dtype(name, array.dtype.name) for name, array in self._arrays.items()}
+
+    def _find_store(self) -> dict:
+        """The tensorstore spec of the key-value store in which the arrays lie."""
+        if not self.path.is_dir():
+            raise ConversionError(f"{self.path} is not a folder: an Orbax checkpoint is one")
+        entries = {entry.name for entry in self.path.iterdir()}
+        if not entries:
+            raise ConversionError(f"{self.path} is empty: give the folder that holds the Orbax checkpoint")
+        files = {"driver": "file", "path": f"{self.path.resolve()}/"}
+        if not entries & {"_METADATA", "checkpoint"}:
+            inside = " or ".join(str(file.parent) for file in sorted(self.path.glob("*/_METADATA")))
+            remedy = (
+                f"give {inside}, which has one" if inside else "it is no Orbax checkpoint, or the copy is incomplete"
+            )
+            raise ConversionError(
+                f"{self.path} has no _METADATA (nor, as the oldest Orbax wrote it, a file `checkpoint`): {remedy}. It "
+                f"holds {', '.join(sorted(entries)[:5])}"
+            )
+        if "manifest.ocdbt" in entries:
+            return {"driver": "ocdbt", "base": files}
+        if self._metadata().get("use_ocdbt"):
+            raise ConversionError(f"{self.path} has no manifest.ocdbt, which its _METADATA announces: {_DAMAGED}")
+        return files
+
+    def _metadata(self) -> dict:
+        file = self.path / "_METADATA"
+        try:
+            return json.loads(file.read_text()) if file.exists() else {}
+        except ValueError as error:
+            raise ConversionError(f"{file} is not JSON ({error}): {_DAMAGED}") from error
+
+    def _open_arrays(self) -> dict:
+        import tensorstore
+
+        # Orbax used to leave out pieces of an array that hold zeros alone; it says so when it did not, and then a
+        # missing piece is a damage.
+        zeros_are_stored = self._metadata().get("store_array_data_equal_to_fill_value", False)
+        drivers = {".zarray": "zarr", "zarr.json": "zarr3"}
+        arrays = {}
+        try:
+            keys = tensorstore.KvStore.open(self._base).result().list().result()
+            for folder, _, file in sorted(key.decode().rpartition("/") for key in keys):
+                if file not in drivers:
+                    continue
+                spec = {
+                    "driver": drivers[file],
+                    "kvstore": {**self._base, "path": f"{self._base.get('path', '')}{folder}/"},
+                    "fill_missing_data_reads": not zeros_are_stored,
+                }
+                arrays[folder] = tensorstore.open(spec, open=True, read=True).result()
+        except (ValueError, OSError) as error:
+            raise ConversionError(f"cannot open {self.path}: {_first_line(error)}; {_DAMAGED}") from error
+        self._refuse_undescribed(arrays)
+        if arrays and all(name.startswith("params.") for name in arrays):
+            arrays = {name.removeprefix("params."): array for name, array in arrays.items()}
+        return arrays
+
+    def _refuse_undescribed(self, arrays: dict) -> None:
+        """The tree in _METADATA says which arrays there are: one without its own metadata would pass unseen."""
+        tree = self._metadata().get("tree_metadata", {}).values()
+        announced = {".".join(str(key["key"]) for key in leaf["key_metadata"]) for leaf in tree}
+        if lacking := sorted(announced - set(arrays)):
+            raise ConversionError(
+                f"{self.path} lacks the array metadata (.zarray or zarr.json) of {', '.join(lacking)}: {_DAMAGED}"
+            )
+
+    def read(self, name: str) -> Tensor:
+        """The array of this name."""
+        try:
+            array = self._arrays[name].read().result()
+        except (ValueError, OSError) as error:
+            raise ConversionError(f"cannot read {name} of {self.path}: {_first_line(error)}; {_DAMAGED}") from error
+        if self.dtypes[name] == torch.bfloat16:  # NumPy has no such type and torch reads no other library's
+            return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+        return torch.from_numpy(array)
+
+
+# --- .pt --------------------------------------------------------------------------------------------------------------
+
+
+class TorchSource:
+    """A state dict in a file of torch.save; code in it is refused, not run."""
+
+    dialect: Dialect = "torch"
+    # Pages of the file that were read stay mapped until the file is closed, so it is opened again from time to time.
+    REOPEN_AFTER_BYTES = 256 * 2**20
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._tensors = self._load()
+        self._read_bytes = 0
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
+        self.dtypes = {
+            name: _dtype(name, str(tensor.dtype).removeprefix("torch.")) for name, tensor in self._tensors.items()
+        }
+
+    def _load(self) -> dict[str, Tensor]:
+        if self.path.is_dir():
+            raise ConversionError(f"{self.path} is a folder: give the .pt file in it")
+        if not self.path.exists():
+            raise ConversionError(f"{self.path} does not exist")
+        if not zipfile.is_zipfile(self.path):
+            raise ConversionError(
+                f"{self.path} is not a file of torch.save (a zip archive), or it is cut off. Other pickles can hold "
+                "code and are not opened"
+            )
+        try:
+            loaded = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
+        except pickle.UnpicklingError as error:
+            raise ConversionError(
+                f"{self.path} holds Python objects besides tensors, which could run code when they are loaded: "
+                f"refused. Save model.state_dict() alone. ({_first_line(error)})"
+            ) from error
+        except (RuntimeError, EOFError) as error:
+            raise ConversionError(f"cannot open {self.path}: {_first_line(error)}; {_DAMAGED}") from error
+        if not isinstance(loaded, dict) or not all(isinstance(tensor, Tensor) for tensor in loaded.values()):
+            raise ConversionError(f"{self.path} is no state dict (names and tensors): save model.state_dict()")
+        return loaded
+
+    def read(self, name: str) -> Tensor:
+        """The tensor of this name, mapped from the file."""
+        if self._read_bytes > self.REOPEN_AFTER_BYTES:
+            self._tensors, self._read_bytes = self._load(), 0
+        self._read_bytes += self._tensors[name].nbytes
+        return self._tensors[name]
+
+
+# --- safetensors ------------------------------------------------------------------------------------------------------
+
+
+class HfSource:
+    """A folder of `save_pretrained`: model.safetensors, or shards with model.safetensors.index.json."""
+
+    _DTYPES = {"F32": "float32", "BF16": "bfloat16"}
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, torch.dtype] = {}
+        self._file_of: dict[str, Path] = {}
+        for file in self._files():
+            with self._open(file) as tensors:
+                for name in tensors.keys():  # noqa: SIM118 (not a dict)
+                    view = tensors.get_slice(name)
+                    self.shapes[name] = tuple(view.get_shape())
+                    self.dtypes[name] = _dtype(name, self._DTYPES.get(view.get_dtype(), view.get_dtype()))
+                    self._file_of[name] = file
+        self._drop_tied_head()
+
+    def _files(self) -> list[Path]:
+        single, index = self.path / "model.safetensors", self.path / "model.safetensors.index.json"
+        if not (self.path / "config.json").is_file():
+            raise ConversionError(f"{self.path} has no config.json: give a folder written by save_pretrained")
+        if index.is_file():
+            return sorted({self.path / file for file in json.loads(index.read_text())["weight_map"].values()})
+        if single.is_file():
+            return [single]
+        raise ConversionError(f"{self.path} has neither model.safetensors nor model.safetensors.index.json")
+
+    def _open(self, file: Path) -> safe_open:
+        try:
+            return safe_open(file, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise ConversionError(f"cannot open {file}: {error}; {_DAMAGED}") from error
+
+    def _drop_tied_head(self) -> None:
+        """The head is the embedding; a copy of it may have been saved along."""
+        head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+        if head in self.shapes and embedding in self.shapes:
+            if not torch.equal(self.read(head), self.read(embedding)):
+                raise ConversionError(f"{head} differs from {embedding}: in the official code they are one")
+            del self.shapes[head], self.dtypes[head]
+
+    def read(self, name: str) -> Tensor:
+        """The tensor of this name. The file is opened for it alone: what is mapped goes with the tensor."""
+        with self._open(self._file_of[name]) as tensors:
+            return tensors.get_tensor(name)
+
+
+def _dtype(name: str, dtype: str) -> torch.dtype:
+    if dtype not in DTYPES:
+        raise ConversionError(f"{name} is {dtype}; only {' and '.join(DTYPES)} arrays can be converted")
+    return DTYPES[dtype]
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).split(" [", 1)[0].splitlines()[0]

@@ -1,0 +1,6 @@
+"""A .pt file of the official PyTorch code -> a folder that from_pretrained loads."""
+
+from convert import main, official_to_hf
+
+if __name__ == "__main__":
+    main(official_to_hf, "torch", __doc__)

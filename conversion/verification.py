@@ -1,0 +1,134 @@
+"""--verify: the result is read again, compared bit by bit, and its logits with those of the official code."""
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import torch
+from checks import ConversionError
+from mapping import Row
+from sources import OfficialSource, Source
+from torch import Tensor
+
+from recurrent_gemma_hf import RecurrentGemmaConfig, RecurrentGemmaForCausalLM
+
+TOKENS_BT = (2, 24)
+# Of the largest logit. Two correct float32 models of 26 layers differ by less than a tenth of it; the exchange of any
+# two arrays moves logits by their own size.
+TOLERANCE = 1e-3
+
+
+def verify_bits(official: OfficialSource, ours: Source, rows: list[Row], dtype: torch.dtype | None) -> None:
+    """Raises unless every array of the two checkpoints holds the same bits, once both are in `dtype` (None: as is)."""
+    wrong = []
+    for row in rows:
+        expected = official.read(row.official)
+        found = row.layout.to_official(*(ours.read(name) for name in row.ours))
+        if dtype is not None:
+            expected, found = expected.to(dtype), found.to(dtype)
+        if expected.dtype != found.dtype or not torch.equal(_bits(expected), _bits(found)):
+            wrong.append(row.official)
+    if wrong:
+        raise ConversionError(f"the result differs from its source in {', '.join(wrong)}: please report this")
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """As integers: a NaN equals itself, -0 is not 0."""
+    return tensor.contiguous().view(torch.int32 if tensor.itemsize == 4 else torch.int16)
+
+
+def verify_logits(
+    official: OfficialSource, folder: Path, config: RecurrentGemmaConfig, dtype: torch.dtype | None
+) -> None:
+    """Raises unless our model in `folder` gives the logits of the official code for random tokens, in float32.
+
+    Where the conversion rounded to `dtype`, the side that was not rounded is rounded here too. The official arrays go
+    into the official code of their own dialect under their own names: nothing of our mapping takes part.
+    """
+    if find_spec("recurrentgemma") is None:
+        raise ConversionError(
+            "--verify compares logits with the official code, which is not installed: pip install recurrentgemma, or "
+            "leave --verify out"
+        )
+    tokens_BT = torch.randint(config.vocab_size, TOKENS_BT, generator=torch.Generator().manual_seed(0))
+    ours_BTV = _our_logits(folder, tokens_BT, dtype)
+    official_logits = {"jax": _jax_logits, "torch": _torch_logits}[official.dialect]
+    official_BTV = official_logits(official, config, tokens_BT, dtype)
+    error, size = (ours_BTV - official_BTV).abs().max().item(), official_BTV.abs().max().item()
+    if not error <= TOLERANCE * size:
+        raise ConversionError(
+            f"the logits differ from the official code's by {error:.2g}, where the largest is {size:.2g}: the weights "
+            "were not converted correctly; please report this"
+        )
+
+
+@torch.no_grad()
+def _our_logits(folder: Path, tokens_BT: Tensor, dtype: torch.dtype | None) -> Tensor:
+    model = RecurrentGemmaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    for parameter in model.parameters():
+        parameter.copy_(_float32(parameter, dtype))
+    return model(tokens_BT, use_cache=False).logits
+
+
+def _float32(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return (tensor if dtype is None else tensor.to(dtype)).float()
+
+
+def _official_config(config: RecurrentGemmaConfig):
+    from recurrentgemma import common
+
+    kinds = {"recurrent": common.TemporalBlockType.RECURRENT, "attention": common.TemporalBlockType.ATTENTION}
+    return common.GriffinConfig(
+        vocab_size=config.vocab_size,
+        width=config.hidden_size,
+        mlp_expanded_width=config.intermediate_size // 2,
+        num_heads=config.num_attention_heads,
+        block_types=tuple(kinds[kind] for kind in config.layers_block_type),
+        embeddings_scale_by_sqrt_dim=config.embeddings_scale_by_sqrt_dim,
+        attention_window_size=config.attention_window_size,
+        logits_soft_cap=config.logits_soft_cap,
+        lru_width=config.lru_width,
+        scan_type=common.ScanType.ASSOCIATIVE_NATIVE,  # compiles on a CPU
+    )
+
+
+def _positions(tokens_BT: Tensor) -> Tensor:
+    return torch.arange(tokens_BT.shape[1], dtype=torch.int32).expand(tokens_BT.shape)
+
+
+@torch.no_grad()
+def _torch_logits(
+    official: OfficialSource, config: RecurrentGemmaConfig, tokens_BT: Tensor, dtype: torch.dtype | None
+) -> Tensor:
+    from recurrentgemma import torch as official_code
+
+    with torch.device("meta"):
+        model = official_code.Griffin(_official_config(config), gradient_checkpointing=False, dtype=torch.float32)
+    weights = {name: _float32(official.read(name), dtype) for name in official.shapes}
+    model.load_state_dict(weights, strict=True, assign=True)
+    return model.eval()(tokens_BT, _positions(tokens_BT))[0]
+
+
+def _jax_logits(
+    official: OfficialSource, config: RecurrentGemmaConfig, tokens_BT: Tensor, dtype: torch.dtype | None
+) -> Tensor:
+    import jax
+    from recurrentgemma import jax as official_code
+
+    tree: dict = {}
+    for name in official.shapes:
+        # a name is a path of keys, except that `blocks.N` is one
+        *keys, leaf = name.replace("blocks.", "blocks/", 1).split(".")
+        node = tree
+        for key in keys:
+            node = node.setdefault(key.replace("/", "."), {})
+        node[leaf] = jax.numpy.asarray(_float32(official.read(name), dtype).numpy())
+    model = official_code.Griffin(_official_config(config), gradient_checkpointing=False)
+    tokens, positions = (jax.numpy.asarray(ids.numpy().astype(np.int32)) for ids in (tokens_BT, _positions(tokens_BT)))
+    with jax.default_device(jax.devices("cpu")[0]), jax.default_matmul_precision("float32"):
+        forward = jax.jit(
+            lambda parameters: model.apply(
+                {"params": parameters}, tokens, positions, return_logits=True, return_cache=False
+            )
+        )
+        return torch.from_numpy(np.array(forward(tree)[0]))

@@ -1,0 +1,770 @@
+"""conversion/: checkpoints of the official code become ours and come back bit by bit, and bad input is refused.
+
+The checkpoints are the official models' parameters, saved by Orbax as Google does and by torch.save. Each array is
+drawn at random for itself: no two of the same shape could be exchanged unseen.
+"""
+
+import io
+import json
+import os
+import pickle
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import oracles  # skips this file where the official code is not installed
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_conversion_tokenizer import train
+from test_upload import REPO, TOKEN, running_hub
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from recurrent_gemma_hf import RecurrentGemmaConfig, RecurrentGemmaForCausalLM
+
+ocp = pytest.importorskip("orbax.checkpoint", reason="install this package with its `convert` extra")
+pytest.importorskip("tensorstore", reason="install this package with its `convert` extra")
+
+CONVERSION = Path(__file__).parents[1] / "conversion"
+sys.path.insert(0, str(CONVERSION))  # the folder is no package: its scripts run from a clone
+
+import checks  # noqa: E402
+import convert  # noqa: E402
+import mapping  # noqa: E402
+import sources  # noqa: E402
+import targets  # noqa: E402
+import verification  # noqa: E402
+from checks import Claims, ConversionError  # noqa: E402
+from convert import Options, hf_to_official, official_to_hf  # noqa: E402
+
+jax = oracles.jax
+
+SHAPES = ("recurrentgemma", "wide_lru", "hawk", "attention_first")
+DTYPES = ("float32", "bfloat16")
+BITS = {4: np.uint32, 2: np.uint16}
+
+
+def claims_of(config: RecurrentGemmaConfig) -> Claims:
+    return Claims(
+        attention_window_size=config.attention_window_size,
+        logits_soft_cap=config.logits_soft_cap,
+        embeddings_scale_by_sqrt_dim=config.embeddings_scale_by_sqrt_dim,
+    )
+
+
+def options_of(config: RecurrentGemmaConfig, **options) -> Options:
+    return Options(claims=claims_of(config), **options)
+
+
+def official_state(config: RecurrentGemmaConfig, dtype: str) -> dict[str, Tensor]:
+    """The state dict of the official PyTorch model in `dtype`, its numbers drawn anew."""
+    model = oracles.official_torch_code.Griffin(
+        oracles.official_config(config), gradient_checkpointing=False, dtype=getattr(torch, dtype)
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape) / 4)
+    return model.state_dict()
+
+
+def flax_tree(config: RecurrentGemmaConfig, dtype: str, seed: int = 0) -> dict:
+    """Parameters of the official JAX model in `dtype`: its own tree and shapes, numbers drawn anew."""
+    model = oracles.official_jax_code.Griffin(
+        oracles.official_config(config), dtype=jax.numpy.dtype(dtype), gradient_checkpointing=False
+    )
+    tokens = jax.ShapeDtypeStruct((1, 4), "int32")
+    shapes = jax.eval_shape(lambda t: model.init(jax.random.key(0), t, t), tokens)["params"]
+    draw = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda leaf: jax.numpy.asarray(draw.standard_normal(leaf.shape, np.float32) / 4, dtype=dtype), shapes
+    )
+
+
+def save_orbax(path: Path, tree: dict, **layout) -> Path:
+    ocp.PyTreeCheckpointer(**layout).save(path, tree)
+    return path
+
+
+def restore_orbax(path: Path) -> dict:
+    """What Orbax itself reads, asked for NumPy arrays: it would warn that it cannot know the devices otherwise."""
+    checkpointer = ocp.PyTreeCheckpointer()
+    tree = checkpointer.metadata(path).item_metadata.tree
+    return checkpointer.restore(
+        path, restore_args=jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+    )
+
+
+def assert_same_bits(found: dict, expected: dict) -> None:
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for (path, expected_leaf), found_leaf in zip(
+        jax.tree_util.tree_leaves_with_path(expected), jax.tree.leaves(found), strict=True
+    ):
+        one, two = np.asarray(expected_leaf), np.asarray(found_leaf)
+        assert one.dtype == two.dtype, path
+        bits = BITS[one.dtype.itemsize]
+        np.testing.assert_array_equal(two.view(bits), one.view(bits), err_msg=str(path))
+
+
+@pytest.fixture
+def config() -> RecurrentGemmaConfig:
+    return oracles.tiny_config("wide_lru")
+
+
+@pytest.fixture
+def orbax(tmp_path, config) -> Path:
+    return save_orbax(tmp_path / "2b", {"params": flax_tree(config, "float32")})
+
+
+@pytest.fixture
+def pt(tmp_path, config) -> Path:
+    torch.save(official_state(config, "float32"), tmp_path / "2b.pt")
+    return tmp_path / "2b.pt"
+
+
+def left_in(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+# --- round trips ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_orbax_comes_back_bit_by_bit(tmp_path, shape, dtype):
+    config = oracles.tiny_config(shape)
+    tree = flax_tree(config, dtype)
+    save_orbax(tmp_path / "2b", {"params": tree})
+    official_to_hf("jax", tmp_path / "2b", tmp_path / "hf", options_of(config))
+    hf_to_official("jax", tmp_path / "hf", tmp_path / "back", Options())
+    assert_same_bits(ocp.PyTreeCheckpointer().restore(tmp_path / "back")["params"], tree)
+    assert left_in(tmp_path) == {"2b", "hf", "back"}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_pt_comes_back_bit_by_bit(tmp_path, shape, dtype):
+    config = oracles.tiny_config(shape)
+    state = official_state(config, dtype)
+    torch.save(state, tmp_path / "2b.pt")
+    official_to_hf("torch", tmp_path / "2b.pt", tmp_path / "hf", options_of(config))
+    hf_to_official("torch", tmp_path / "hf", tmp_path / "back.pt", Options())
+    for mmap in (False, True):
+        back = torch.load(tmp_path / "back.pt", weights_only=True, mmap=mmap)
+        assert back.keys() == state.keys()
+        for name, tensor in state.items():
+            assert back[name].dtype == tensor.dtype
+            assert torch.equal(back[name], tensor), name
+    assert left_in(tmp_path) == {"2b.pt", "hf", "back.pt"}
+
+
+def test_a_written_pt_is_a_sound_archive_that_can_be_mapped(tmp_path, config, pt, monkeypatch):
+    """Every checksum is right, and tensors start where torch.save puts them; large ones too, which zip writes
+    differently.
+    """
+    monkeypatch.setattr(targets.TorchFile, "_ZIP64_FROM", 10_000)
+    official_to_hf("torch", pt, tmp_path / "hf", options_of(config))
+    hf_to_official("torch", tmp_path / "hf", tmp_path / "back.pt", Options())
+    with targets.zipfile.ZipFile(tmp_path / "back.pt") as archive:
+        assert archive.testzip() is None
+    state = torch.load(tmp_path / "back.pt", weights_only=True, mmap=True)
+    assert {tensor.data_ptr() % 64 for tensor in state.values()} == {0}
+    model = oracles.official_torch_code.Griffin(oracles.official_config(config), gradient_checkpointing=False)
+    model.load_state_dict(state, strict=True)
+
+
+@pytest.mark.parametrize("layout", [{"use_ocdbt": False}, {"use_ocdbt": True}, {"use_zarr3": True}], ids=str)
+@pytest.mark.parametrize("outer", [True, False], ids=["params", "bare"])
+def test_every_orbax_layout_gives_the_same_folder(tmp_path, config, orbax, layout, outer):
+    tree = flax_tree(config, "float32")
+    save_orbax(tmp_path / "other", {"params": tree} if outer else tree, **layout)
+    official_to_hf("jax", orbax, tmp_path / "one", options_of(config))
+    official_to_hf("jax", tmp_path / "other", tmp_path / "two", options_of(config))
+    for file in ("config.json", "model.safetensors"):
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
+
+
+def test_standard_checkpointer(tmp_path, config, orbax):
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "standard", flax_tree(config, "float32"))
+    official_to_hf("jax", orbax, tmp_path / "one", options_of(config))
+    official_to_hf("jax", tmp_path / "standard", tmp_path / "two", options_of(config))
+    assert (tmp_path / "one/model.safetensors").read_bytes() == (tmp_path / "two/model.safetensors").read_bytes()
+
+
+_SAVE_SHARDED = """
+import jax, numpy as np, orbax.checkpoint, sys
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+source, target = sys.argv[1:]
+checkpointer = orbax.checkpoint.PyTreeCheckpointer()
+tree = checkpointer.metadata(source).item_metadata.tree
+arguments = jax.tree.map(lambda _: orbax.checkpoint.RestoreArgs(restore_type=np.ndarray), tree)
+tree = checkpointer.restore(source, restore_args=arguments)
+mesh = Mesh(np.array(jax.devices()), ("x",))
+def split(leaf):
+    axis = next((i for i, size in enumerate(leaf.shape) if size % 4 == 0), None)
+    spec = PartitionSpec(*("x" if i == axis else None for i in range(leaf.ndim)))
+    return jax.device_put(leaf, NamedSharding(mesh, spec))
+orbax.checkpoint.PyTreeCheckpointer(use_ocdbt=False).save(target, jax.tree.map(split, tree))
+"""
+
+
+def test_arrays_that_were_sharded_over_devices(tmp_path, config, orbax):
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    subprocess.run(
+        [sys.executable, "-c", _SAVE_SHARDED, orbax, tmp_path / "sharded"], check=True, env={**os.environ, **flags}
+    )
+    pieces = tmp_path / "sharded" / "params.embedder.input_embedding"
+    assert len(left_in(pieces) - {".zarray"}) == 4
+    official_to_hf("jax", orbax, tmp_path / "one", options_of(config))
+    official_to_hf("jax", tmp_path / "sharded", tmp_path / "two", options_of(config))
+    assert (tmp_path / "one/model.safetensors").read_bytes() == (tmp_path / "two/model.safetensors").read_bytes()
+
+
+def test_pieces_of_zeros_that_old_orbax_left_out_are_zeros(tmp_path, config):
+    tree = flax_tree(config, "float32")
+    tree["final_norm"]["scale"] = jax.numpy.zeros_like(tree["final_norm"]["scale"])
+    path = save_orbax(tmp_path / "2b", {"params": tree}, use_ocdbt=False)
+    (path / "params.final_norm.scale/0").unlink()
+    metadata = json.loads((path / "_METADATA").read_text())
+    del metadata["store_array_data_equal_to_fill_value"]
+    (path / "_METADATA").write_text(json.dumps(metadata))
+    official_to_hf("jax", path, tmp_path / "hf", options_of(config))
+    assert not load_file(tmp_path / "hf/model.safetensors")["model.final_norm.weight"].any()
+
+
+# --- what comes out ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dialect", ["jax", "torch"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_converted_model_is_the_official_model(tmp_path, shape, dialect):
+    """--verify passes, and the folder loads with the official logits, by the tests' own oracle."""
+    config = oracles.tiny_config(shape)
+    if dialect == "jax":
+        path = save_orbax(tmp_path / "2b", {"params": flax_tree(config, "float32")})
+    else:
+        path = tmp_path / "2b.pt"
+        torch.save(official_state(config, "float32"), path)
+    official_to_hf(dialect, path, tmp_path / "hf", options_of(config, verify=True))
+    model = RecurrentGemmaForCausalLM.from_pretrained(tmp_path / "hf").eval()
+    assert model.config.block_types == list(config.block_types)
+    assert model.config.fingerprint() == config.fingerprint()
+    tokens_BT = torch.randint(config.vocab_size, (2, 2 * config.attention_window_size))
+    with torch.no_grad():
+        logits_BTV = model(tokens_BT).logits
+    official = oracles.official_torch(config, model.state_dict())
+    torch.testing.assert_close(logits_BTV, oracles.official_torch_logits(official, tokens_BT), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("dialect", ["jax", "torch"])
+def test_verify_on_the_way_back_and_with_rounding(tmp_path, config, orbax, dialect):
+    official_to_hf("jax", orbax, tmp_path / "hf", options_of(config, dtype=torch.bfloat16, verify=True))
+    assert json.loads((tmp_path / "hf/config.json").read_text())["dtype"] == "bfloat16"
+    hf_to_official(dialect, tmp_path / "hf", tmp_path / "back", Options(dtype=torch.float32, verify=True))
+    assert set(sources.OrbaxSource(tmp_path / "back").dtypes.values() if dialect == "jax" else []) <= {torch.float32}
+
+
+def test_shards_and_their_index(tmp_path, config, orbax, monkeypatch):
+    official_to_hf("jax", orbax, tmp_path / "one", options_of(config))
+    monkeypatch.setattr(targets.SafetensorsFolder, "SHARD_BYTES", 100_000)
+    official_to_hf("jax", orbax, tmp_path / "many", options_of(config, verify=True))
+    index = json.loads((tmp_path / "many/model.safetensors.index.json").read_text())
+    whole = load_file(tmp_path / "one/model.safetensors")
+    assert set(index["weight_map"]) == set(whole)
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in whole.values())
+    files = sorted(set(index["weight_map"].values()))
+    assert len(files) > 2
+    assert files[0] == f"model-00001-of-{len(files):05}.safetensors"
+    for file in files:
+        for name, tensor in load_file(tmp_path / "many" / file).items():
+            assert index["weight_map"][name] == file
+            assert torch.equal(tensor, whole[name])
+    loaded = RecurrentGemmaForCausalLM.from_pretrained(tmp_path / "many").state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in whole.items())
+    hf_to_official("jax", tmp_path / "many", tmp_path / "back", Options())
+    assert_same_bits(restore_orbax(tmp_path / "back"), restore_orbax(orbax))
+
+
+def test_a_saved_copy_of_the_tied_head_is_dropped(tmp_path, config):
+    model = oracles.build(config)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
+    model.config.save_pretrained(tmp_path / "hf")
+    oracles_file = tmp_path / "hf/model.safetensors"
+    from safetensors.torch import save_file
+
+    save_file(state, oracles_file)
+    hf_to_official("torch", tmp_path / "hf", tmp_path / "2b.pt", Options(verify=True))
+    state["lm_head.weight"][0, 0] += 1
+    save_file(state, oracles_file)
+    with pytest.raises(ConversionError, match=r"lm_head.weight differs from model.embed_tokens.weight"):
+        hf_to_official("torch", tmp_path / "hf", tmp_path / "other.pt", Options())
+
+
+def test_our_table_is_the_oracles(config):
+    """The tests' own mapping was written independently and is checked against gradients."""
+    for shape in oracles.VARIANTS:
+        config = oracles.tiny_config(shape)
+        independent = {entry.official: entry.ours for entry in oracles._entries(config)}
+        assert {row.official: row.ours for row in mapping.table(config, "torch")} == independent
+
+
+# --- the negative control ---------------------------------------------------------------------------------------------
+
+
+def _swap(first: str, second: str):
+    """A table in which two parameters of the same shape have changed places."""
+    right = mapping.table
+
+    def wrong(config, dialect):
+        def other(name: str) -> str:
+            return name.replace(first, "%").replace(second, first).replace("%", second)
+
+        return [row._replace(ours=tuple(map(other, row.ours))) for row in right(config, dialect)]
+
+    return wrong
+
+
+@pytest.mark.parametrize("dialect", ["jax", "torch"])
+@pytest.mark.parametrize(
+    "swapped",
+    [("recurrent_gate", "input_gate"), ("gate_proj", "up_proj"), ("linear_x", "linear_y"), ("k_proj", "v_proj"),
+     ("temporal_pre_norm", "channel_pre_norm")],
+    ids="-".join,
+)  # fmt: skip
+def test_a_wrong_mapping_is_caught_by_the_logits(tmp_path, config, orbax, pt, monkeypatch, swapped, dialect):
+    """Its shapes fit, and back and forth through the same wrong table every bit survives: only the official code
+    knows.
+    """
+    monkeypatch.setattr(mapping, "table", _swap(*swapped))
+    source = {"jax": orbax, "torch": pt}[dialect]
+    with pytest.raises(ConversionError, match="the logits differ from the official code's by"):
+        official_to_hf(dialect, source, tmp_path / "hf", options_of(config, verify=True))
+    assert left_in(tmp_path) == {"2b", "2b.pt"}
+
+
+def test_a_matrix_left_untransposed_is_caught(tmp_path, monkeypatch):
+    """Where it is square, by the logits; elsewhere by its shape."""
+    monkeypatch.setattr(mapping, "TRANSPOSED", mapping.SAME)
+    square, oblong = oracles.tiny_config(), oracles.tiny_config("wide_lru")
+    for name, config in (("square", square), ("oblong", oblong)):
+        save_orbax(tmp_path / name, {"params": flax_tree(config, "float32")})
+    with pytest.raises(ConversionError, match=r"wrong shape: blocks.0.recurrent_block.linear_x.kernel is \(48, 80\)"):
+        official_to_hf("jax", tmp_path / "oblong", tmp_path / "hf", options_of(oblong))
+    right = mapping.table
+
+    def only_linear_x(config, dialect):
+        monkeypatch.undo()
+        rows = right(config, dialect)
+        return [row._replace(layout=mapping.SAME) if "linear_x.kernel" in row.official else row for row in rows]
+
+    monkeypatch.setattr(mapping, "table", only_linear_x)
+    with pytest.raises(ConversionError, match="the logits differ"):
+        official_to_hf("jax", tmp_path / "square", tmp_path / "hf", options_of(square, verify=True))
+
+
+def test_a_changed_bit_is_caught(tmp_path, config, pt, monkeypatch):
+    write = targets.SafetensorsFolder.write
+
+    def damage(self, name, tensor):
+        if name.endswith("2.mlp_block.down_proj.bias"):
+            tensor = tensor.clone()
+            tensor.view(torch.int32)[3] ^= 1
+        write(self, name, tensor)
+
+    monkeypatch.setattr(targets.SafetensorsFolder, "write", damage)
+    with pytest.raises(ConversionError, match=r"differs from its source in blocks.2.mlp_block.ffw_down.bias"):
+        official_to_hf("torch", pt, tmp_path / "hf", options_of(config, verify=True))
+    assert left_in(tmp_path) == {"2b.pt"}
+
+
+def test_every_deviation_from_the_bijection_is_named_in_one_message(tmp_path, config):
+    state = official_state(config, "float32")
+    del state["blocks.1.recurrent_block.linear_y.bias"]
+    del state["final_norm.scale"]
+    state["blocks.0.adapter.weight"] = torch.zeros(2)
+    state["blocks.2.mlp_block.ffw_down.bias"] = torch.zeros(47)
+    torch.save(state, tmp_path / "2b.pt")
+    with pytest.raises(ConversionError) as error:
+        official_to_hf("torch", tmp_path / "2b.pt", tmp_path / "hf", options_of(config))
+    assert str(error.value).splitlines()[1:] == [
+        "  missing: blocks.1.recurrent_block.linear_y.bias (80,)",
+        "  missing: final_norm.scale (48,)",
+        "  unexpected: blocks.0.adapter.weight (2,)",
+        "  wrong shape: blocks.2.mlp_block.ffw_down.bias is (47,), expected (48,)",
+    ]
+
+
+def test_a_table_that_uses_an_array_twice_or_not_at_all_is_refused(tmp_path, config, pt, monkeypatch):
+    right = mapping.table
+    monkeypatch.setattr(mapping, "table", lambda *arguments: [*right(*arguments)[:-1], right(*arguments)[0]])
+    with pytest.raises(ConversionError) as error:
+        official_to_hf("torch", pt, tmp_path / "hf", options_of(config))
+    assert str(error.value).splitlines()[1:] == [
+        "  used 2 times by the mapping: model.embed_tokens.weight",
+        "  used 2 times by the mapping: embedder.input_embedding",
+        "  without a row in the mapping: model.final_norm.weight",
+        "  unexpected: final_norm.scale (48,)",
+    ]
+
+
+# --- the config -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dialect", ["jax", "torch"])
+@pytest.mark.parametrize("preset", ["recurrentgemma-2b", "recurrentgemma-9b", "griffin-paper-7b", "hawk-paper-7b"])
+def test_presets_agree_with_the_official_shapes(preset, dialect):
+    """Shapes alone, no memory: what the official model of the preset would hold is inferred to be the preset."""
+    config = RecurrentGemmaConfig.from_preset(preset)
+    with torch.device("meta"):
+        model = oracles.official_torch_code.Griffin(oracles.official_config(config), gradient_checkpointing=False)
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if dialect == "jax":
+        rename = {name: name.replace(".weight", ".kernel") for name in shapes}
+        shapes = {rename[name]: shape[::-1] if rename[name] != name else shape for name, shape in shapes.items()}
+    inferred = checks.infer_config(shapes, dialect, Claims(preset=preset))
+    assert inferred.fingerprint() == config.fingerprint()
+    assert inferred.block_types == list(config.block_types)
+    rows, ours = mapping.table(inferred, dialect), checks.our_shapes(inferred)
+    checks.check_bijection(rows, ours, checks.official_shapes(rows, ours), shapes)
+
+
+def test_a_wrong_preset_is_refused_field_by_field(tmp_path, config, pt):
+    with pytest.raises(ConversionError) as error:
+        official_to_hf("torch", pt, tmp_path / "hf", Options(Claims(preset="recurrentgemma-2b")))
+    lines = str(error.value).splitlines()
+    assert "  hidden_size: the arrays say 48, preset recurrentgemma-2b says 2560" in lines
+    assert "  lru_width: the arrays say 80, preset recurrentgemma-2b says 2560" in lines
+    assert any(line.startswith("  layers_block_type: the arrays say ['recurrent',") for line in lines)
+    assert not any("vocab_size" in line for line in lines)
+
+
+def test_what_arrays_cannot_say_has_to_be_said(tmp_path, config, pt):
+    with pytest.raises(ConversionError) as error:
+        official_to_hf("torch", pt, tmp_path / "hf", Options(Claims(attention_window_size=8)))
+    assert "--preset NAME, or --logits-soft-cap C (0: none) and --scale-embeddings or --no-scale" in str(error.value)
+    assert "--attention-window-size" not in str(error.value)
+
+
+def test_options_override_a_preset():
+    claims = Claims(preset="recurrentgemma-2b", attention_window_size=512)
+    assert claims.stated() == {
+        "attention_window_size": 512,
+        "logits_soft_cap": 30.0,
+        "embeddings_scale_by_sqrt_dim": True,
+    }
+
+
+def test_claims_are_checked_against_config_json(tmp_path, config):
+    oracles.build(config).save_pretrained(tmp_path / "hf")
+    with pytest.raises(ConversionError, match=r"logits_soft_cap: config.json says 3.0, the option says 30.0"):
+        hf_to_official("torch", tmp_path / "hf", tmp_path / "2b.pt", Options(Claims(logits_soft_cap=30.0)))
+
+
+def test_a_model_that_the_official_code_cannot_express_is_refused(tmp_path):
+    config = oracles.tiny_config(num_key_value_heads=2, rope_theta=500.0)
+    oracles.build(config).save_pretrained(tmp_path / "hf")
+    message = r"no model with num_key_value_heads=2 \(official: 1\), rope_theta=500.0 \(official: 10000.0\)"
+    with pytest.raises(ConversionError, match=message):
+        hf_to_official("jax", tmp_path / "hf", tmp_path / "2b", Options())
+
+
+# --- bad input --------------------------------------------------------------------------------------------------------
+
+
+def _refused(tmp_path: Path, dialect, source: Path, config, message: str) -> None:
+    before = left_in(tmp_path)
+    with pytest.raises(ConversionError, match=message):
+        official_to_hf(dialect, source, tmp_path / "hf", options_of(config))
+    assert left_in(tmp_path) == before
+
+
+def test_an_empty_folder(tmp_path, config):
+    (tmp_path / "2b").mkdir()
+    _refused(tmp_path, "jax", tmp_path / "2b", config, "2b is empty: give the folder that holds the Orbax checkpoint")
+
+
+def test_a_path_that_is_not_there(tmp_path, config):
+    _refused(tmp_path, "jax", tmp_path / "2b", config, "2b is not a folder: an Orbax checkpoint is one")
+    _refused(tmp_path, "torch", tmp_path / "2b.pt", config, "2b.pt does not exist")
+    _refused(tmp_path, "torch", tmp_path, config, "is a folder: give the .pt file in it")
+
+
+def test_the_folder_of_another_model(tmp_path, config):
+    tree = {"transformer": {"layer_0": {"mlp": {"linear": {"w": jax.numpy.ones((4, 4))}}}}}
+    save_orbax(tmp_path / "gemma", {"params": tree})
+    message = r"not a Griffin.*no embedder.input_embedding.*It holds transformer.layer_0.mlp.linear.w"
+    _refused(tmp_path, "jax", tmp_path / "gemma", config, message)
+
+
+def test_a_folder_that_is_no_checkpoint(tmp_path, config):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/cat.jpg").write_bytes(b"")
+    _refused(tmp_path, "jax", tmp_path / "photos", config, r"photos has no _METADATA .* It holds cat.jpg")
+
+
+def test_the_folder_around_the_checkpoint(tmp_path, config, orbax):
+    _refused(tmp_path, "jax", tmp_path, config, rf"has no _METADATA .*: give {orbax}, which has one")
+
+
+@pytest.mark.parametrize(
+    ("ocdbt", "lost", "message"),
+    [
+        (True, "_METADATA", "has no _METADATA"),
+        (True, "manifest.ocdbt", "has no manifest.ocdbt, which its _METADATA announces"),
+        (False, "params.final_norm.scale/.zarray", r"lacks the array metadata .* of params.final_norm.scale"),
+        (False, "params.final_norm.scale/0", "cannot read final_norm.scale"),
+    ],
+)
+def test_missing_metadata_or_data(tmp_path, config, ocdbt, lost, message):
+    path = save_orbax(tmp_path / "2b", {"params": flax_tree(config, "float32")}, use_ocdbt=ocdbt)
+    (path / lost).unlink()
+    _refused(tmp_path, "jax", path, config, message)
+
+
+def test_a_truncated_array_file(tmp_path, config):
+    path = save_orbax(tmp_path / "2b", {"params": flax_tree(config, "float32")}, use_ocdbt=False)
+    os.truncate(path / "params.blocks.1.mlp_block.ffw_up.w/0.0.0", 1000)
+    _refused(tmp_path, "jax", path, config, "cannot read blocks.1.mlp_block.ffw_up.w .* copy or download")
+
+
+def test_a_truncated_ocdbt_store(tmp_path, config, orbax):
+    for file in orbax.glob("ocdbt.process_0/d/*"):
+        os.truncate(file, file.stat().st_size // 2)
+    _refused(tmp_path, "jax", orbax, config, "cannot (read|open) .* copy or download the checkpoint again")
+
+
+def test_garbage_in_the_metadata(tmp_path, config, orbax):
+    (orbax / "_METADATA").write_text("{")
+    _refused(tmp_path, "jax", orbax, config, "_METADATA is not JSON")
+
+
+def test_a_truncated_pt(tmp_path, config, pt):
+    os.truncate(pt, pt.stat().st_size // 2)
+    _refused(tmp_path, "torch", pt, config, "not a file of torch.save .*, or it is cut off")
+
+
+def test_a_truncated_safetensors_file(tmp_path, config):
+    oracles.build(config).save_pretrained(tmp_path / "hf")
+    os.truncate(tmp_path / "hf/model.safetensors", 10_000)
+    with pytest.raises(ConversionError, match=r"cannot open .*model.safetensors.* copy or download"):
+        hf_to_official("torch", tmp_path / "hf", tmp_path / "2b.pt", Options())
+
+
+class _Malicious:
+    def __init__(self, file: Path):
+        self.file = file
+
+    def __reduce__(self):
+        return Path.touch, (self.file,)
+
+
+def test_a_pickle_with_code_is_not_run(tmp_path, config):
+    victim = tmp_path / "was_run"
+    torch.save({"embedder.input_embedding": _Malicious(victim)}, tmp_path / "archive.pt")
+    (tmp_path / "plain.pt").write_bytes(pickle.dumps(_Malicious(victim)))
+    _refused(tmp_path, "torch", tmp_path / "archive.pt", config, "could run code when they are loaded: refused")
+    _refused(tmp_path, "torch", tmp_path / "plain.pt", config, "can hold code and are not opened")
+    assert not victim.exists()
+
+
+def test_a_pt_that_is_no_state_dict(tmp_path, config):
+    torch.save({"step": 3}, tmp_path / "2b.pt")
+    _refused(tmp_path, "torch", tmp_path / "2b.pt", config, r"no state dict .* save model.state_dict\(\)")
+
+
+def test_a_dtype_that_is_not_of_these_models(tmp_path, config):
+    torch.save({name: tensor.half() for name, tensor in official_state(config, "float32").items()}, tmp_path / "2b.pt")
+    _refused(tmp_path, "torch", tmp_path / "2b.pt", config, "is float16; only float32 and bfloat16 arrays")
+
+
+def test_layers_without_a_temporal_block(tmp_path, config):
+    state = official_state(config, "float32")
+    torch.save({name: tensor for name, tensor in state.items() if "blocks.1.recurrent" not in name}, tmp_path / "2b.pt")
+    _refused(tmp_path, "torch", tmp_path / "2b.pt", config, "none, or both, in blocks.1")
+
+
+def test_a_folder_without_weights_or_config(tmp_path, config):
+    (tmp_path / "hf").mkdir()
+    with pytest.raises(ConversionError, match=r"has no config.json"):
+        hf_to_official("torch", tmp_path / "hf", tmp_path / "2b.pt", Options())
+    config.save_pretrained(tmp_path / "hf")
+    with pytest.raises(ConversionError, match=r"has neither model.safetensors nor model.safetensors.index.json"):
+        hf_to_official("torch", tmp_path / "hf", tmp_path / "2b.pt", Options())
+    (tmp_path / "hf/config.json").write_text('{"model_type": "gemma"}')
+    (tmp_path / "hf/model.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{}")
+    with pytest.raises(ConversionError, match=r"config.json is no RecurrentGemma config"):
+        hf_to_official("torch", tmp_path / "hf", tmp_path / "2b.pt", Options())
+
+
+def test_verify_without_the_official_code(tmp_path, config, pt, monkeypatch):
+    monkeypatch.setattr(verification, "find_spec", lambda name: None)
+    with pytest.raises(ConversionError, match="official code, which is not installed: pip install recurrentgemma"):
+        official_to_hf("torch", pt, tmp_path / "hf", options_of(config, verify=True))
+    assert left_in(tmp_path) == {"2b.pt"}
+
+
+# --- the output -------------------------------------------------------------------------------------------------------
+
+
+def test_an_output_that_is_there_is_left_alone(tmp_path, config, pt):
+    (tmp_path / "hf").mkdir()
+    official_to_hf("torch", pt, tmp_path / "hf", options_of(config))  # an empty folder is welcome
+    before = (tmp_path / "hf/model.safetensors").read_bytes()
+    with pytest.raises(ConversionError, match="hf is not empty: give a new folder, or empty it first"):
+        official_to_hf("torch", pt, tmp_path / "hf", options_of(config))
+    assert (tmp_path / "hf/model.safetensors").read_bytes() == before
+    with pytest.raises(ConversionError, match=r"2b.pt exists: give a new name"):
+        hf_to_official("torch", tmp_path / "hf", pt, Options())
+    with pytest.raises(ConversionError, match="nowhere does not exist: create it first"):
+        hf_to_official("torch", tmp_path / "hf", tmp_path / "nowhere/2b.pt", Options())
+
+
+def test_no_space(tmp_path, config, pt, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000))
+    _refused(tmp_path, "torch", pt, config, r"has 0.00 GB free, the result takes 0.00 GB: make room")
+
+
+@pytest.mark.parametrize("target", ["hf", "jax", "torch"])
+def test_an_interruption_leaves_nothing_and_a_rerun_starts_clean(tmp_path, config, pt, monkeypatch, target):
+    """Ctrl-C in the middle of writing; then the leftovers of a run that was killed are swept away by the next."""
+    official_to_hf("torch", pt, tmp_path / "first", options_of(config))
+
+    def run():
+        if target == "hf":
+            official_to_hf("torch", pt, tmp_path / "out", options_of(config))
+        else:
+            hf_to_official(target, tmp_path / "first", tmp_path / "out", Options())
+
+    kind = {"hf": targets.SafetensorsFolder, "jax": targets.OrbaxFolder, "torch": targets.TorchFile}[target]
+    write, seen = kind.write, []
+
+    def interrupted(self, name, tensor):
+        seen.append(name)
+        if len(seen) == 20:
+            raise KeyboardInterrupt
+        write(self, name, tensor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(kind, "write", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run()
+    assert left_in(tmp_path) == {"2b.pt", "first"}
+    (tmp_path / ".out.partial").mkdir()
+    (tmp_path / ".out.partial/model.safetensors").write_bytes(b"half")
+    run()
+    assert left_in(tmp_path) == {"2b.pt", "first", "out"}
+
+
+# --- the scripts ------------------------------------------------------------------------------------------------------
+
+
+def run_script(name: str, *arguments, **environment: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, CONVERSION / f"{name}.py", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
+
+
+def test_the_readme_on_an_archive_laid_out_like_kaggles(tmp_path):
+    """`2b-it/` beside `tokenizer.model` becomes a folder that chats; what is wrong is a message, not a traceback."""
+    config = oracles.tiny_config(vocab_size=900)
+    archive = tmp_path / "2b-it"
+    ocp.PyTreeCheckpointer().save(archive, flax_tree(config, "float32"))
+    tokenizer_model = train(tmp_path / "tokenizer.model")
+    command = ("orbax_to_hf", archive, tmp_path / "hf", "--attention-window-size", 12, "--logits-soft-cap", 3)
+    command = (*command, "--scale-embeddings", "--tokenizer", tokenizer_model)
+    done = run_script(*command)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{tmp_path / 'hf'}: 3 layers of width 48\n"
+    expected = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json"}
+    assert left_in(tmp_path / "hf") - {"chat_template.jinja"} == expected | {"README.md"}
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    turn = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "ha"}], tokenize=False, add_generation_prompt=True
+    )
+    assert turn == "<bos><start_of_turn>user\nha<end_of_turn>\n<start_of_turn>model\n"
+    model = RecurrentGemmaForCausalLM.from_pretrained(tmp_path / "hf")
+    assert model.generation_config.eos_token_id == [1, 107], "an -it model ends its turn"
+    card = (tmp_path / "hf/README.md").read_text(encoding="utf-8")
+    assert "2b-it" in card
+    assert "google/recurrentgemma-2b-it" not in card, "no preset was given: these need not be Google's weights"
+    wrong = run_script(*command)
+    assert wrong.returncode == 1
+    assert wrong.stderr == f"error: {tmp_path / 'hf'} is not empty: give a new folder, or empty it first\n"
+
+
+def test_a_tokenizer_of_another_model_is_refused_before_the_weights_are_read(tmp_path, config, pt):
+    tokenizer_model = train(tmp_path / "tokenizer.model")
+    command = ("torch_to_hf", pt, tmp_path / "hf", "--attention-window-size", 12, "--logits-soft-cap", 3)
+    done = run_script(*command, "--scale-embeddings", "--tokenizer", tokenizer_model)
+    assert done.returncode == 1
+    assert "900" in done.stderr
+    assert "101" in done.stderr
+    assert not (tmp_path / "hf").exists()
+
+
+def test_pushed_to_the_hub_when_it_is_complete(tmp_path, config, pt):
+    command = ("torch_to_hf", pt, tmp_path / "hf", "--attention-window-size", 12, "--logits-soft-cap", 3)
+    with running_hub() as hub:
+        done = run_script(
+            *command, "--scale-embeddings", "--push-to-hub", REPO,
+            HF_ENDPOINT=hub.url, HF_TOKEN=TOKEN, HF_HUB_OFFLINE="0", HF_HUB_DISABLE_XET="1",
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert {"config.json", "model.safetensors", "README.md"} <= set(hub.files)
+    assert "pushed: " in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (KeyboardInterrupt(), "interrupted: nothing was left in {folder}"),
+        (OSError(28, "No space left on device"), "error: [Errno 28] No space left on device"),
+    ],
+    ids=["ctrl-c", "disk full"],
+)
+def test_the_command_line_ends_with_a_message(tmp_path, config, pt, monkeypatch, error, message):
+    def fail(self, name, tensor):
+        raise error
+
+    monkeypatch.setattr(targets.SafetensorsFolder, "write", fail)
+    claims = "--attention-window-size 12 --logits-soft-cap 3 --no-scale-embeddings".split()
+    with pytest.raises(SystemExit) as end:
+        convert.main(official_to_hf, "torch", "", [str(pt), str(tmp_path / "hf"), *claims])
+    assert end.value.code == message.format(folder=tmp_path)
+    assert left_in(tmp_path) == {"2b.pt"}
+
+
+@pytest.mark.parametrize(
+    ("script", "direction", "dialect"),
+    [
+        ("orbax_to_hf", official_to_hf, "jax"),
+        ("torch_to_hf", official_to_hf, "torch"),
+        ("hf_to_orbax", hf_to_official, "jax"),
+        ("hf_to_torch", hf_to_official, "torch"),
+    ],
+)
+def test_each_script_runs_its_direction_with_the_one_interface(monkeypatch, capsys, script, direction, dialect):
+    given = []
+
+    def main(*arguments):
+        given.extend(arguments)
+
+    monkeypatch.setattr(convert, "main", main)
+    source = (CONVERSION / f"{script}.py").read_text()
+    exec(compile(source, script, "exec"), {"__name__": "__main__", "__doc__": None})
+    assert given[:2] == [direction, dialect]
+    parser = convert._parser("", with_tokenizer=direction is official_to_hf)
+    shared = "--preset --attention-window-size --logits-soft-cap --scale-embeddings --no-scale-embeddings --dtype"
+    usage = io.StringIO()
+    parser.print_help(usage)
+    assert all(re.search(rf"{option}\b", usage.getvalue()) for option in f"{shared} --verify".split())
+
+
+def test_a_tokenizer_that_is_not_there_is_noticed_before_the_work(tmp_path, config, pt):
+    options = options_of(config, tokenizer=tmp_path / "tokenizer.model")
+    with pytest.raises(ConversionError, match=r"tokenizer.model: there is no such file"):
+        official_to_hf("torch", pt, tmp_path / "hf", options)

@@ -1,0 +1,138 @@
+"""Converting a checkpoint of the 2B shape (bfloat16, random): peak memory, and speed beside `cp` on the same disk.
+
+    python benchmarks/conversion.py FOLDER         # an empty folder with 20 GB free; what is written there is removed
+
+Checkpoints are made by the official code. Before each timing the source leaves the page cache; each timing includes
+the write reaching the disk. Memory is what a script's process peaks at, less what its imports alone take.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from peers import recorded
+
+CONVERSION = Path(__file__).parents[1] / "conversion"
+COLUMNS = ["what", "GB", "seconds", "cp seconds", "share of cp", "peak GB beyond imports", "imports GB"]
+
+MAKE_ORBAX = """
+import jax, numpy as np, orbax.checkpoint, sys
+from recurrentgemma import common, jax as official
+config = common.GriffinConfig.from_preset(common.Preset.RECURRENT_GEMMA_2B_V1)
+model = official.Griffin(config, dtype=jax.numpy.bfloat16, gradient_checkpointing=False)
+tokens = jax.ShapeDtypeStruct((1, 4), "int32")
+shapes = jax.eval_shape(lambda t: model.init(jax.random.key(0), t, t), tokens)
+draw = np.random.default_rng(0)
+def random(leaf):
+    return jax.numpy.asarray(draw.standard_normal(leaf.shape, np.float32).astype(jax.numpy.bfloat16)) / 64
+orbax.checkpoint.PyTreeCheckpointer(use_ocdbt=sys.argv[2] == "ocdbt").save(sys.argv[1], jax.tree.map(random, shapes))
+"""
+MAKE_PT = """
+import sys, torch
+from recurrentgemma import common, torch as official
+config = common.GriffinConfig.from_preset(common.Preset.RECURRENT_GEMMA_2B_V1)
+with torch.device("meta"):
+    shapes = official.Griffin(config, gradient_checkpointing=False, dtype=torch.bfloat16).state_dict()
+torch.save({name: torch.empty(s.shape, dtype=s.dtype).normal_(std=1 / 64) for name, s in shapes.items()}, sys.argv[1])
+"""
+# Linux hands the peak of a process's parent down to it in getrusage, but not in VmHWM.
+PEAK = """
+import runpy, sys
+sys.path.insert(0, sys.argv[1])
+del sys.argv[:2]
+try:
+    if sys.argv:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    else:
+        import convert, ml_dtypes, tensorstore
+finally:
+    peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
+    print("peak kB:", peak.split()[1])
+"""
+
+
+def run(code: str, *arguments: object) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)], stdout=subprocess.PIPE, text=True, check=True
+    )
+    return done.stdout
+
+
+def peak_gb(*arguments: object) -> float:
+    """Runs a conversion script (none: its imports alone) and returns its peak resident memory."""
+    return int(run(PEAK, CONVERSION, *arguments).split()[-1]) * 1024 / 1e9
+
+
+def files(path: Path) -> list[Path]:
+    return [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]
+
+
+def forget(path: Path) -> None:
+    """Drops the files from the page cache."""
+    for file in files(path):
+        descriptor = os.open(file, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+
+
+def timed(source: Path, work) -> tuple[float, float]:
+    """Seconds until the result of `work` is on the disk, and what `work` returned."""
+    forget(source)
+    start = time.perf_counter()
+    result = work()
+    os.sync()
+    return time.perf_counter() - start, result
+
+
+def measure(what: str, script: str, source: Path, target: Path, imports: float, *options: str) -> dict:
+    copy = source.with_name("copy")
+    copying, _ = timed(source, lambda: subprocess.run(["cp", "-r", source, copy], check=True))
+    shutil.rmtree(copy) if copy.is_dir() else copy.unlink()
+    arguments = [CONVERSION / f"{script}.py", source, target, *options]
+    seconds, peak = timed(source, lambda: peak_gb(*arguments))
+    return {
+        "what": what,
+        "GB": sum(file.stat().st_size for file in files(source)) / 1e9,
+        "seconds": seconds,
+        "cp seconds": copying,
+        "share of cp": copying / seconds,
+        "peak GB beyond imports": peak - imports,
+        "imports GB": imports,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    folder = parser.parse_args().folder.absolute()
+    if any(folder.iterdir()):
+        parser.error(f"{folder} is not empty")
+    preset = ("--preset", "recurrentgemma-2b")
+    orbax, pt, hf, back = (folder / name for name in ("2b", "2b.pt", "hf", "back"))
+    with recorded("conversion_2b", COLUMNS) as record:
+        imports = peak_gb()
+        for layout in ("zarr", "ocdbt"):
+            run(MAKE_ORBAX, orbax, layout)
+            record(measure(f"Orbax ({layout}) to HF", "orbax_to_hf", orbax, hf, imports, *preset))
+            shutil.rmtree(orbax)
+            if layout == "zarr":
+                record(measure("HF to Orbax", "hf_to_orbax", hf, back, imports))
+                shutil.rmtree(back)
+                record(measure("HF to .pt", "hf_to_torch", hf, back, imports))
+                back.unlink()
+            shutil.rmtree(hf)
+        run(MAKE_PT, pt)
+        record(measure(".pt to HF", "torch_to_hf", pt, hf, imports, *preset))
+        pt.unlink()
+        shutil.rmtree(hf)
+
+
+if __name__ == "__main__":
+    main()

@@ -569,7 +569,7 @@ def _pick_dtype(name: str, device: torch.device, config: RecurrentGemmaConfig) -
         _fail(f"--dtype {name} is unknown; give one of {', '.join(DTYPES)}")
     if name != "auto":
         return getattr(torch, name)
-    if config.dtype is None or _is_cpu_without_bfloat16({"device_map": device}):
+    if config.dtype is None or _is_cpu_without_bfloat16(device):
         return torch.float32
     return config.dtype
 

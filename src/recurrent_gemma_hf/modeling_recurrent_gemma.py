@@ -554,7 +554,7 @@ class RecurrentGemmaPreTrainedModel(PreTrainedModel):
         """Converts to float32, once loaded, where bfloat16 would be emulated; leaves what is offloaded or quantized."""
         devices = {parameter.device.type for parameter in self.parameters()}
         is_quantized = getattr(self, "hf_quantizer", None) is not None
-        if self.dtype != torch.bfloat16 or devices != {"cpu"} or is_quantized or not _is_cpu_without_bfloat16({}):
+        if self.dtype != torch.bfloat16 or devices != {"cpu"} or is_quantized or not _is_cpu_without_bfloat16("cpu"):
             return
         logger.warning_once(
             "This CPU has no bfloat16 instructions: loading in float32, which is several times faster here and takes "
@@ -564,8 +564,7 @@ class RecurrentGemmaPreTrainedModel(PreTrainedModel):
         self.config.dtype = torch.float32
 
 
-def _is_cpu_without_bfloat16(kwargs: dict[str, Any]) -> bool:
-    device = kwargs.get("device_map") or torch.get_default_device()
+def _is_cpu_without_bfloat16(device: torch.device | str) -> bool:
     has_onednn = torch.backends.mkldnn.is_available()  # without it, as on a Mac, there is nothing to ask
     return str(device) == "cpu" and has_onednn and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
@@ -965,6 +964,12 @@ def _flash_mask(attention: AttentionMask, batch_size: int) -> torch.Tensor | Non
 # --- Heads --------------------------------------------------------------------------------------------------------
 
 
+def _last_true(tokens_BT: torch.Tensor) -> torch.Tensor:
+    """(B, 1) column of the last True of each row; 0 where there is none."""
+    count = torch.arange(1, tokens_BT.shape[1] + 1, device=tokens_BT.device)
+    return (tokens_BT * count).argmax(1, keepdim=True)
+
+
 def _kept(x_BTE: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
     """The positions whose logits are wanted: the last n, an index (n,) for all rows, or one per row (B, n)."""
     if isinstance(logits_to_keep, int):
@@ -1119,8 +1124,7 @@ class RecurrentGemmaForCausalLM(RecurrentGemmaPreTrainedModel, GenerationMixin):
             tokens, earlier = mask[:, -T:].bool(), mask[:, :-T].bool()
             if (earlier.any(1) & ~tokens.any(1)).any():
                 raise ValueError("padding on the right does not go with prefill_chunk_size; pad prompts on the left")
-            last = (tokens * torch.arange(1, T + 1, device=mask.device)).argmax(1, keepdim=True)
-            model_inputs["logits_to_keep"] = last.to(new.device)
+            model_inputs["logits_to_keep"] = _last_true(tokens).to(new.device)
         return model_inputs
 
     @staticmethod
@@ -1164,7 +1168,7 @@ def _last_token(
         raise ValueError(
             "which token is the last of each row? give an attention_mask, or set config.pad_token_id for input_ids"
         )
-    return (tokens * torch.arange(1, T + 1, device=tokens.device)).argmax(1, keepdim=True)
+    return _last_true(tokens)
 
 
 class RecurrentGemmaForSequenceClassification(RecurrentGemmaPreTrainedModel):

@@ -1,9 +1,10 @@
-"""Train the demo checkpoint: a small Griffin, or a transformer of equal size to set beside it, on Shakespeare.
+"""Train the demo checkpoint: a small Griffin, or a Hawk or transformer of equal size to set beside it, on Shakespeare.
 
     python examples/train_demo.py --text tinyshakespeare.txt --architecture griffin --output griffin --log griffin.jsonl
+    python examples/train_demo.py --text tinyshakespeare.txt --architecture hawk --output hawk --log hawk.jsonl
     python examples/train_demo.py --text tinyshakespeare.txt --architecture transformer --output peer --log peer.jsonl
 
-Both runs share the tokenizer (trained on the training split alone), the windows and their order, the number of steps,
+The runs share the tokenizer (trained on the training split alone), the windows and their order, the number of steps,
 the optimizer and its schedule; only the architecture differs. The first 90% of the characters are the training text,
 the rest is the validation text. Training is in float32; the weights with the lowest validation loss are saved as
 bfloat16, reloaded from the finished folder and measured once more: the reported numbers are those of the files.
@@ -48,7 +49,7 @@ TRAINING_SHARE = 0.9
 
 @dataclass(frozen=True)
 class Settings:
-    """What both architectures are trained with; one step sees batch_size * window tokens."""
+    """What every architecture is trained with; one step sees batch_size * window tokens."""
 
     steps: int
     vocab_size: int = 1024
@@ -129,13 +130,16 @@ def build_model(architecture: str, vocab_size: int) -> PreTrainedModel:
         # leaves parameters, which go to the MLP.
         config = GemmaConfig(**shared, head_dim=40, intermediate_size=516, max_position_embeddings=256)
         return GemmaForCausalLM(config)
+    # A recurrent block has more parameters than an attention block; Hawk's MLPs give them back. intermediate_size is
+    # twice the width of each branch.
+    hawk = {"block_types": ["recurrent"], "intermediate_size": 924}
+    griffin = {"block_types": ["recurrent", "recurrent", "attention"], "intermediate_size": 960}
     config = RecurrentGemmaConfig(
         **shared,
         head_dim=40,
-        intermediate_size=960,  # twice the width of each branch
         lru_width=160,
         attention_window_size=128,
-        block_types=["recurrent", "recurrent", "attention"],
+        **(hawk if architecture == "hawk" else griffin),
     )
     return RecurrentGemmaForCausalLM(config)
 
@@ -259,8 +263,8 @@ def measure(folder: Path, validation: str, architecture: str, window: int) -> di
     bits_per_character = len(tokens) / len(validation) / math.log(2)  # of one nat per token
     loss = windowed_loss(model, tokens, window)
     result = {"validation_loss": loss, "bits_per_character": loss * bits_per_character}
-    if architecture == "griffin":
-        # The transformer has never seen a position beyond the window; a Griffin reads on with the same small state.
+    if architecture != "transformer":
+        # The transformer has never seen a position beyond the window; the others read on with the same small state.
         loss = streamed_loss(model, tokens, window)
         result |= {"streamed_validation_loss": loss, "streamed_bits_per_character": loss * bits_per_character}
     return result
@@ -277,7 +281,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path, required=True, help="plain text file to learn from")
-    parser.add_argument("--architecture", choices=["griffin", "transformer"], required=True)
+    parser.add_argument("--architecture", choices=["griffin", "hawk", "transformer"], required=True)
     parser.add_argument("--output", type=Path, required=True, help="checkpoint folder to make (absent or empty)")
     parser.add_argument("--log", type=Path, required=True, help="JSON lines: settings, one line per evaluation, result")
     parser.add_argument("--steps", type=int, default=1400)

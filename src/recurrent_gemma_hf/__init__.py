@@ -17,6 +17,7 @@ from transformers import (
 
 from .cache_recurrent_gemma import RecurrentGemmaCache
 from .configuration_recurrent_gemma import PRESETS, RecurrentGemmaConfig
+from .linear_cross_entropy import linear_cross_entropy
 from .linear_recurrence import linear_recurrence
 from .modeling_recurrent_gemma import (
     RecurrentGemmaForCausalLM,
@@ -61,5 +62,6 @@ __all__ = [
     "RecurrentGemmaPreTrainedModel",
     "__version__",
     "demo_checkpoint",
+    "linear_cross_entropy",
     "linear_recurrence",
 ]

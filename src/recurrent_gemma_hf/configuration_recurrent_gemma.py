@@ -299,6 +299,11 @@ class RecurrentGemmaConfig(PreTrainedConfig):
         return self.attention_window_size + 1
 
     @property
+    def final_logit_softcapping(self) -> float | None:
+        """The soft cap under the name, and in the sense, that libraries with a loss of their own (TRL) look for."""
+        return self.logits_soft_cap or None
+
+    @property
     def rotary_dim(self) -> int:
         """How many leading dimensions of a head are rotated."""
         return int(self.head_dim * self.partial_rotary_factor)

@@ -25,6 +25,7 @@ from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
 from transformers.generation.configuration_utils import GenerationMode
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
@@ -39,6 +40,7 @@ from transformers.utils.generic import can_return_tuple
 
 from .cache_recurrent_gemma import RecurrentGemmaCache
 from .configuration_recurrent_gemma import RecurrentGemmaConfig
+from .linear_cross_entropy import IGNORE_INDEX, check_labels, chunked_cross_entropy, linear_cross_entropy
 from .linear_recurrence import linear_recurrence
 
 logger = logging.get_logger(__name__)
@@ -615,7 +617,8 @@ class RecurrentGemmaModel(RecurrentGemmaPreTrainedModel):
             attention_mask: (B, columns so far + T), 1 at tokens and 0 at padding, on any side; or (B or 1, H or 1,
                 T, K), bool or additive, which replaces the window of the attention layers (recurrent layers do not
                 see it).
-            position_ids: (B or 1, T) int64 positions in the document; a 0 begins a new document.
+            position_ids: (B or 1, T) int64 positions in the document; a 0 begins a new document. What
+                DataCollatorWithFlattening gives besides (`cu_seq_lens_q`, `seq_idx`) stands in where they are missing.
             past_key_values: a cache; made here if `use_cache` asks for one.
             inputs_embeds: (B, T, E) rows of the embedding, instead of ids (the model scales them as it does its own).
             use_cache: config.use_cache by default, and never by default while training.
@@ -625,6 +628,7 @@ class RecurrentGemmaModel(RecurrentGemmaPreTrainedModel):
         """
         x = self._embed(input_ids, inputs_embeds)
         B, T = x.shape[:2]
+        position_ids = _document_positions(position_ids, kwargs, B, T)
         cache = self._cache(past_key_values, use_cache)
         output_hidden_states = bool(_default(output_hidden_states, self.config.output_hidden_states))
         output_attentions = bool(_default(output_attentions, self.config.output_attentions))
@@ -690,6 +694,8 @@ class RecurrentGemmaModel(RecurrentGemmaPreTrainedModel):
         B, T = shape
         if position_ids is not None and position_ids.shape not in ((B, T), (1, T)):
             raise ValueError(f"position_ids of shape {tuple(position_ids.shape)} must be ({B} or 1, {T})")
+        if position_ids is not None and position_ids.device.type == "cpu" and not torch.compiler.is_compiling():
+            _check_positions(position_ids.expand(B, T), mask.tokens)
         if isinstance(cache, RecurrentGemmaCache):
             cache.check_config(self.config)
         if mask.custom is None or self.first_attention is None:
@@ -821,6 +827,44 @@ class RecurrentGemmaModel(RecurrentGemmaPreTrainedModel):
         plain = T > 1 and cache.progress.columns == T
         return AttentionMask(
             past + columns, key, reach, query_is_token, None, W, diagonal, plain=plain, ordered=in_order
+        )
+
+
+def _document_positions(
+    position_ids: torch.Tensor | None, kwargs: dict[str, Any], B: int, T: int
+) -> torch.Tensor | None:
+    """position_ids, or what the other descriptions of packed documents say about them: `cu_seq_lens_q` (documents +
+    1,), where each document begins and the last ends, or `seq_idx` (B, T), the number of each token's document."""
+    ends, documents = kwargs.get("cu_seq_lens_q"), kwargs.get("seq_idx")
+    if position_ids is not None or (ends is None and documents is None):
+        return position_ids
+    if documents is None:
+        if B != 1 or ends.ndim != 1:
+            raise ValueError(
+                f"cu_seq_lens_q of shape {tuple(ends.shape)} for {B} rows: it describes one row of packed documents; "
+                "give position_ids that begin at 0 with each document"
+            )
+        if ends.device.type == "cpu" and not torch.compiler.is_compiling() and (ends[0] != 0 or ends[-1] != T):
+            raise ValueError(f"cu_seq_lens_q={ends.tolist()} must begin with 0 and end with the row's {T} tokens")
+        documents = torch.searchsorted(ends, torch.arange(T, device=ends.device, dtype=ends.dtype), right=True)[None]
+    if documents.shape != (B, T):
+        raise ValueError(f"seq_idx of shape {tuple(documents.shape)} must be ({B}, {T})")
+    columns = torch.arange(T, device=documents.device).expand(B, T)
+    begins = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True)
+    return columns - torch.where(begins, columns, 0).cummax(1).values
+
+
+def _check_positions(position_BT: torch.Tensor, tokens_BT: torch.Tensor | None) -> None:
+    """Positions grow within a document; one that goes back to anything but 0 is a mistake. Looks on a CPU alone."""
+    falls = (position_BT[:, 1:] < position_BT[:, :-1]) & (position_BT[:, 1:] != 0)
+    if tokens_BT is not None:
+        falls = falls & tokens_BT[:, 1:] & tokens_BT[:, :-1]
+    if position_BT.amin() < 0 or falls.any():
+        row, column = (falls if falls.any() else position_BT < 0).nonzero()[0].tolist()
+        start = max(0, column - 1)
+        raise ValueError(
+            f"position_ids of row {row} from column {start} on are {position_BT[row, start : start + 4].tolist()}: "
+            "positions grow by one within a document, and a new document begins at position 0"
         )
 
 
@@ -979,18 +1023,26 @@ def _kept(x_BTE: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tens
     return x_BTE[:, logits_to_keep]
 
 
-def _without_first_tokens(
-    labels_BT: torch.Tensor, attention_mask: Any, position_ids: torch.Tensor | None
-) -> torch.Tensor:
-    """Ignores labels that padding or another document would have to predict: a padded row has the loss of the row
-    alone, and packed documents that of each by itself."""
-    first = torch.zeros_like(labels_BT, dtype=torch.bool)
+def _first_tokens(like_BT: torch.Tensor, attention_mask: Any, position_ids: torch.Tensor | None) -> torch.Tensor:
+    """(B, T) bool: tokens that only padding or another document stands before. They are nobody's next token: so a
+    padded row has the loss of the row alone, and packed documents that of each by itself."""
+    first = torch.zeros_like(like_BT, dtype=torch.bool)
     if position_ids is not None:
-        first |= position_ids.to(labels_BT.device) == 0
+        first |= position_ids.to(first.device) == 0
     if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
-        is_token = attention_mask[:, -labels_BT.shape[1] :].to(labels_BT.device).bool()
+        is_token = attention_mask[:, -first.shape[1] :].to(first.device).bool()
         first[:, 1:] |= ~is_token[:, :-1]
-    return labels_BT.masked_fill(first, -100)
+    return first
+
+
+class RecurrentGemmaLMHead(nn.Linear):
+    """The head: logits of hidden states, or with labels the losses of the tokens, without the logits. Both in its
+    forward, because sharding (FSDP, ZeRO-3) and offloading fetch the weight of a module that is called."""
+
+    def forward(self, input: torch.Tensor, labels: torch.Tensor | None = None, **loss_kwargs: Any) -> torch.Tensor:
+        if labels is None:
+            return F.linear(input, self.weight, self.bias)
+        return linear_cross_entropy(input, self.weight, labels, **loss_kwargs)
 
 
 class RecurrentGemmaForCausalLM(RecurrentGemmaPreTrainedModel, GenerationMixin):
@@ -1002,7 +1054,7 @@ class RecurrentGemmaForCausalLM(RecurrentGemmaPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = RecurrentGemmaModel(config)
         self.vocab_size = config.vocab_size
-        self.lm_head = _linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = RecurrentGemmaLMHead(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
     @can_return_tuple
@@ -1025,9 +1077,17 @@ class RecurrentGemmaForCausalLM(RecurrentGemmaPreTrainedModel, GenerationMixin):
         Args:
             labels: (B, T) int64 next-token targets, not shifted (position t is predicted from t - 1), -100 ignored.
             logits_to_keep: the last n positions (0: all), or their indices, (n,) or one set per row (B, n).
+            kwargs: `num_items_in_batch` (the loss is the sum over the targets divided by it), `ignore_index`,
+                `shift_labels` (B, T) (targets of the positions themselves, instead of labels) and `label_smoothing`
+                concern the loss.
 
         Returns:
-            loss (mean over the targets) where labels are given, logits (B, n, V), the cache.
+            loss (mean over the targets) where labels are given, logits (B, n, V), the cache. While training with
+            labels the logits are None unless logits_to_keep asks for some: the loss is computed without them
+            (`linear_cross_entropy`). A `loss_function` of your own, set on the model, gets all logits.
+
+        Raises:
+            ValueError: for labels that are no token ids, and all that the model refuses.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -1041,13 +1101,19 @@ class RecurrentGemmaForCausalLM(RecurrentGemmaPreTrainedModel, GenerationMixin):
             return_dict=True,
             **kwargs,
         )
-        logits = self.lm_head(_kept(outputs.last_hidden_state, logits_to_keep))
-        cap = self.config.logits_soft_cap
-        if cap:
-            logits = torch.tanh(logits / cap) * cap
-        loss = None
+        x, loss = outputs.last_hidden_state, None
         if labels is not None:
-            labels = _without_first_tokens(labels, attention_mask, position_ids)
+            positions = _document_positions(position_ids, kwargs, *x.shape[:2])
+            labels, kwargs = self._targets(labels, _first_tokens(labels, attention_mask, positions), kwargs)
+        wants_some = not isinstance(logits_to_keep, int) or logits_to_keep != 0
+        if labels is not None and self._can_do_without_logits(wants_some, kwargs):
+            loss = self._loss_without_logits(x, labels, **kwargs)
+        logits = None
+        if loss is None or wants_some or not self.training:
+            logits = self.lm_head(_kept(x, logits_to_keep))
+            if self.config.logits_soft_cap:
+                logits = torch.tanh(logits / self.config.logits_soft_cap) * self.config.logits_soft_cap
+        if labels is not None and loss is None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(
             loss=loss,
@@ -1056,6 +1122,51 @@ class RecurrentGemmaForCausalLM(RecurrentGemmaPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def _targets(
+        self, labels_BT: torch.Tensor, first_BT: torch.Tensor, kwargs: dict[str, Any]
+    ) -> tuple[torch.Tensor, dict[str, Any]]:
+        """labels and `shift_labels`, checked and without the first tokens of documents."""
+        ignore_index, shifted = kwargs.get("ignore_index", IGNORE_INDEX), kwargs.get("shift_labels")
+        if labels_BT.device.type == "cpu" and not torch.compiler.is_compiling():
+            check_labels(labels_BT if shifted is None else shifted, self.config.vocab_size, ignore_index)
+        if shifted is not None:
+            next_is_first = F.pad(first_BT[:, 1:], (0, 1)).to(shifted.device)
+            kwargs = {**kwargs, "shift_labels": shifted.masked_fill(next_is_first, ignore_index)}
+        return labels_BT.masked_fill(first_BT, ignore_index), kwargs
+
+    def _can_do_without_logits(self, wants_some: bool, kwargs: dict[str, Any]) -> bool:
+        """In training; and wherever Transformers' own loss of all logits is not what is asked for."""
+        is_special = wants_some or bool(kwargs.get("label_smoothing"))
+        return (self.training or is_special) and self.loss_function is ForCausalLMLoss
+
+    def _loss_without_logits(
+        self,
+        x_BTE: torch.Tensor,
+        labels_BT: torch.Tensor,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        shift_labels: torch.Tensor | None = None,
+        ignore_index: int = IGNORE_INDEX,
+        label_smoothing: float = 0.0,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """What `ForCausalLMLoss` computes, from the hidden states."""
+        targets = F.pad(labels_BT[:, 1:], (0, 1), value=ignore_index) if shift_labels is None else shift_labels
+        x_NE, targets_N = x_BTE.flatten(0, 1), targets.flatten()
+        how: dict[str, Any] = {
+            "soft_cap": self.config.logits_soft_cap,
+            "label_smoothing": label_smoothing,
+            "ignore_index": ignore_index,
+        }
+        if type(self.lm_head) is RecurrentGemmaLMHead and self.lm_head.bias is None and self.tp_size in (None, 1):
+            losses_N = self.lm_head(x_NE, targets_N, **how)
+        else:  # an adapter on it, a sharded or a resized one: only it knows its logits
+            losses_N = chunked_cross_entropy(self.lm_head, x_NE, targets_N, self.config.vocab_size, **how)
+        if num_items_in_batch is None:
+            return losses_N.sum() / (targets_N != ignore_index).sum().to(losses_N.device)
+        if isinstance(num_items_in_batch, torch.Tensor):
+            num_items_in_batch = num_items_in_batch.to(losses_N.device)
+        return losses_N.sum() / num_items_in_batch
 
     # --- generate() ---
 

@@ -1,0 +1,247 @@
+"""The loss of next tokens straight from the hidden states, for vocabularies whose logits do not fit into memory.
+
+The logits of 8192 tokens over 256,000 words take 8.4 GB in float32, and the plain way holds several such tensors. Here
+only a block of them exists at a time: blocks of tokens for the losses and the gradient of the hidden states (both need
+all logits of a token, none of another), blocks of the vocabulary for the gradient of the weight, whose rows are thus
+summed over all tokens in one matrix product, as accurately as the plain way sums them. The logits are computed twice
+if the weight is trained, and once if it is frozen (LoRA). Tokens without a label cost nothing.
+
+Shape suffixes: B batch, T tokens, N = B T, n tokens with a label, R tokens of a block, E hidden_size, V vocabulary,
+v words of a block.
+"""
+
+import re
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+IGNORE_INDEX = -100
+
+# Elements of one block of logits: 0.5 GB in float32, of which two or three exist at a time. At V = 256,000 a block has
+# 524 tokens, enough for a matrix product to be bound by arithmetic rather than by reading the weight.
+_BLOCK_ELEMENTS = 2**27
+
+# Each copy of this file registers operators under its own module name, as linear_recurrence.py does.
+_NAMESPACE = re.sub(r"\W", "_", __name__, flags=re.ASCII)
+
+
+def linear_cross_entropy(
+    x_NE: Tensor,
+    weight_VE: Tensor,
+    labels_N: Tensor,
+    *,
+    soft_cap: float = 0.0,
+    label_smoothing: float = 0.0,
+    ignore_index: int = IGNORE_INDEX,
+) -> Tensor:
+    """Cross entropy of each token, (N,) in float32, from `soft_cap * tanh(x weight^T / soft_cap)` (0: no cap).
+
+    Equals `F.cross_entropy(logits.float(), labels, reduction="none")` in value and gradient, soft cap and softmax in
+    float32 also where the plain model rounds the capped logits to bfloat16. Differentiable once in x and weight.
+    Inside torch.autocast it computes in the autocast dtype, as `F.linear` would.
+
+    Args:
+        x_NE: hidden states, bfloat16, float16, float32 or float64 (then everything is float64).
+        weight_VE: rows of the head, of the same dtype.
+        labels_N: int64 word ids; `ignore_index` gives loss 0 and no gradient.
+        soft_cap: c of c tanh(logits / c).
+        label_smoothing: share of the target that is spread evenly over all words, as in `F.cross_entropy`.
+        ignore_index: the label of tokens that are not to be predicted.
+
+    Raises:
+        ValueError: for a label that is no word, and for shapes or a label_smoothing that make no sense.
+    """
+    if x_NE.ndim != 2 or labels_N.shape != x_NE.shape[:1] or weight_VE.shape[1:] != x_NE.shape[1:]:
+        raise ValueError(
+            f"hidden states {tuple(x_NE.shape)}, weight {tuple(weight_VE.shape)} and labels {tuple(labels_N.shape)} "
+            "must be (N, E), (V, E) and (N,)"
+        )
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"label_smoothing={label_smoothing!r} must be from 0 to 1")
+    device = x_NE.device.type
+    if torch.is_autocast_enabled(device) and x_NE.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+        x_NE, weight_VE = x_NE.to(dtype), weight_VE.to(dtype)
+    want_gradient = torch.is_grad_enabled() and x_NE.requires_grad
+    labels_N = labels_N.to(x_NE.device)
+    return _token_losses(
+        x_NE, weight_VE, labels_N, float(soft_cap), float(label_smoothing), ignore_index, want_gradient
+    )[0]
+
+
+def check_labels(labels: Tensor, vocab_size: int, ignore_index: int = IGNORE_INDEX) -> None:
+    """Raises ValueError naming the range of the labels where one of them is neither a word nor `ignore_index`."""
+    words = labels[labels != ignore_index]
+    if words.numel() and (words.amin() < 0 or words.amax() >= vocab_size):
+        raise ValueError(
+            f"labels from {words.amin().item()} to {words.amax().item()} do not fit vocab_size={vocab_size} (ids from "
+            f"0 to {vocab_size - 1}, or {ignore_index} for tokens not to be predicted); is this the tokenizer of this "
+            "model?"
+        )
+
+
+# ---------------------------------------------------------------- the operators
+
+
+def _capped(logits: Tensor, soft_cap: float) -> tuple[Tensor, Tensor | None]:
+    """Capped logits in float32 (or float64) and the derivative of the cap, None where there is none; overwrites."""
+    z = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if not soft_cap:
+        return z, None
+    tanh = z.div_(soft_cap).tanh_()
+    z = tanh * soft_cap
+    return z, tanh.square_().neg_().add_(1.0)
+
+
+def _logit_gradient(p: Tensor, slope: Tensor | None, labels: Tensor, label_smoothing: float, words: int) -> Tensor:
+    """d loss / d logits from probabilities, in place; labels outside of the columns of p have no target here."""
+    here = (labels >= 0) & (labels < p.shape[1])
+    target = here.to(p.dtype).mul_(label_smoothing - 1.0)
+    p.scatter_add_(1, labels.clamp(0, p.shape[1] - 1)[:, None], target[:, None])
+    if label_smoothing:
+        p.sub_(label_smoothing / words)
+    return p if slope is None else p.mul_(slope)
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::token_losses", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
+def _token_losses(
+    x_NE: Tensor,
+    weight_VE: Tensor,
+    labels_N: Tensor,
+    soft_cap: float,
+    label_smoothing: float,
+    ignore_index: int,
+    want_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The losses (N,), log sum exp of the logits (N,) and, if wanted, d loss_n / d x_n (N, E); 0 without a label."""
+    V = weight_VE.shape[0]
+    check_labels(labels_N, V, ignore_index)
+    dtype = torch.promote_types(x_NE.dtype, torch.float32)
+    losses_N, lse_N = (torch.zeros(len(x_NE), dtype=dtype, device=x_NE.device) for _ in range(2))
+    grad_NE = torch.zeros(x_NE.shape if want_gradient else (0, 0), dtype=dtype, device=x_NE.device)
+    labelled_n = (labels_N != ignore_index).nonzero()[:, 0]
+    with torch.autocast(x_NE.device.type, enabled=False):
+        for rows_R in labelled_n.split(max(1, _BLOCK_ELEMENTS // V)):
+            labels_R = labels_N[rows_R]
+            z_RV, slope_RV = _capped(x_NE[rows_R] @ weight_VE.t(), soft_cap)
+            target_R = z_RV.gather(1, labels_R[:, None])[:, 0]
+            if label_smoothing:
+                target_R = torch.lerp(target_R, z_RV.mean(1), label_smoothing)
+            largest_R1 = z_RV.amax(1, keepdim=True)
+            p_RV = z_RV.sub_(largest_R1).exp_()
+            sum_R1 = p_RV.sum(1, keepdim=True)
+            lse_R = (largest_R1 + sum_R1.log())[:, 0]
+            losses_N[rows_R] = lse_R - target_R
+            lse_N[rows_R] = lse_R
+            if want_gradient:
+                p_RV = _logit_gradient(p_RV.div_(sum_R1), slope_RV, labels_R, label_smoothing, V)
+                grad_NE[rows_R] = (p_RV.to(x_NE.dtype) @ weight_VE).to(dtype)
+    return losses_N, lse_N, grad_NE
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::weight_gradient", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
+def _weight_gradient(
+    grad_N: Tensor,
+    x_NE: Tensor,
+    weight_VE: Tensor,
+    labels_N: Tensor,
+    lse_N: Tensor,
+    soft_cap: float,
+    label_smoothing: float,
+    ignore_index: int,
+) -> Tensor:
+    """Gradient of the sum of grad_N times the losses with respect to the weight (V, E)."""
+    V = weight_VE.shape[0]
+    labelled_n = (labels_N != ignore_index).nonzero()[:, 0]
+    x_nE, labels_n = x_NE[labelled_n], labels_N[labelled_n]
+    lse_n1, grad_n1 = lse_N[labelled_n, None], grad_N[labelled_n, None]
+    out_VE = torch.empty_like(weight_VE, memory_format=torch.contiguous_format)
+    size = max(1, _BLOCK_ELEMENTS // max(1, len(x_nE)))
+    with torch.autocast(x_NE.device.type, enabled=False):
+        for start in range(0, V, size):
+            z_nv, slope_nv = _capped(x_nE @ weight_VE[start : start + size].t(), soft_cap)
+            p_nv = z_nv.sub_(lse_n1).exp_()
+            p_nv = _logit_gradient(p_nv, slope_nv, labels_n - start, label_smoothing, V).mul_(grad_n1)
+            torch.mm(p_nv.to(x_nE.dtype).t(), x_nE, out=out_VE[start : start + size])
+    return out_VE
+
+
+@_token_losses.register_fake
+def _(
+    x_NE: Tensor,
+    weight_VE: Tensor,
+    labels_N: Tensor,
+    soft_cap: float,
+    label_smoothing: float,
+    ignore_index: int,
+    want_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    losses_N = x_NE.new_empty(x_NE.shape[:1], dtype=torch.promote_types(x_NE.dtype, torch.float32))
+    return losses_N, torch.empty_like(losses_N), losses_N.new_empty(x_NE.shape if want_gradient else (0, 0))
+
+
+@_weight_gradient.register_fake
+def _(grad_N: Tensor, x_NE: Tensor, weight_VE: Tensor, *rest: Any) -> Tensor:
+    return torch.empty_like(weight_VE, memory_format=torch.contiguous_format)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    x_NE, weight_VE, labels_N, ctx.soft_cap, ctx.label_smoothing, ctx.ignore_index, _ = inputs
+    ctx.x_dtype = x_NE.dtype
+    ctx.set_materialize_grads(False)
+    needs_x, needs_weight = ctx.needs_input_grad[:2]
+    for_weight = (x_NE, weight_VE, labels_N, output[1]) if needs_weight else (None,) * 4
+    ctx.save_for_backward(output[2] if needs_x else None, *for_weight)
+
+
+def _gradient(ctx: Any, grad_N: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    unit_NE, x_NE, weight_VE, labels_N, lse_N = ctx.saved_tensors
+    grad_x = grad_weight = None
+    if grad_N is not None and ctx.needs_input_grad[0]:
+        grad_x = (unit_NE * grad_N[:, None]).to(ctx.x_dtype)
+    if grad_N is not None and ctx.needs_input_grad[1]:
+        grad_weight = _weight_gradient(
+            grad_N, x_NE, weight_VE, labels_N, lse_N, ctx.soft_cap, ctx.label_smoothing, ctx.ignore_index
+        )
+    return grad_x, grad_weight, None, None, None, None, None
+
+
+_token_losses.register_autograd(_gradient, setup_context=_save)
+
+
+# ---------------------------------------------------------------- for heads that are more than one weight
+
+
+def chunked_cross_entropy(
+    head: Any,
+    x_NE: Tensor,
+    labels_N: Tensor,
+    vocab_size: int,
+    *,
+    soft_cap: float = 0.0,
+    label_smoothing: float = 0.0,
+    ignore_index: int = IGNORE_INDEX,
+) -> Tensor:
+    """The same for any callable head that returns logits (LoRA on it, a sharded one): blocks of tokens, each computed
+    again in the backward pass."""
+
+    def losses(x_RE: Tensor, labels_R: Tensor) -> Tensor:
+        logits = head(x_RE)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if soft_cap:
+            logits = torch.tanh(logits / soft_cap) * soft_cap
+        return F.cross_entropy(
+            logits, labels_R, reduction="none", ignore_index=ignore_index, label_smoothing=label_smoothing
+        )
+
+    labels_N = labels_N.to(x_NE.device)
+    if labels_N.device.type == "cpu" and not torch.compiler.is_compiling():
+        check_labels(labels_N, vocab_size, ignore_index)
+    size = max(1, _BLOCK_ELEMENTS // vocab_size)
+    blocks = zip(x_NE.split(size), labels_N.split(size), strict=True)
+    return torch.cat([torch.utils.checkpoint.checkpoint(losses, x, y, use_reentrant=False) for x, y in blocks])
+
+
+__all__ = ["check_labels", "chunked_cross_entropy", "linear_cross_entropy"]

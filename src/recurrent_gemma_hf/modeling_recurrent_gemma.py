@@ -856,12 +856,11 @@ def _document_positions(
 
 def _check_positions(position_BT: torch.Tensor, tokens_BT: torch.Tensor | None) -> None:
     """Positions grow within a document; one that goes back to anything but 0 is a mistake. Looks on a CPU alone."""
-    falls = (position_BT[:, 1:] < position_BT[:, :-1]) & (position_BT[:, 1:] != 0)
+    falls = (position_BT[:, 1:] < position_BT[:, :-1]) & (position_BT[:, 1:] != 0)  # from column t to t + 1
     if tokens_BT is not None:
         falls = falls & tokens_BT[:, 1:] & tokens_BT[:, :-1]
     if position_BT.amin() < 0 or falls.any():
-        row, column = (falls if falls.any() else position_BT < 0).nonzero()[0].tolist()
-        start = max(0, column - 1)
+        row, start = (falls if falls.any() else position_BT < 0).nonzero()[0].tolist()
         raise ValueError(
             f"position_ids of row {row} from column {start} on are {position_BT[row, start : start + 4].tolist()}: "
             "positions grow by one within a document, and a new document begins at position 0"

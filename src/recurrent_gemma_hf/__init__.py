@@ -15,6 +15,7 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
+from . import peft_defaults
 from .cache_recurrent_gemma import RecurrentGemmaCache
 from .configuration_recurrent_gemma import PRESETS, RecurrentGemmaConfig
 from .linear_cross_entropy import linear_cross_entropy
@@ -27,6 +28,7 @@ from .modeling_recurrent_gemma import (
     RecurrentGemmaModel,
     RecurrentGemmaPreTrainedModel,
 )
+from .training import GriffinTrainerMixin, decayed_parameter_names, parameter_groups
 
 __version__ = "0.1.0"
 
@@ -46,12 +48,14 @@ def _register() -> None:
         (AutoModelForQuestionAnswering, RecurrentGemmaForQuestionAnswering),
     ):
         auto_class.register(RecurrentGemmaConfig, model_class, exist_ok=True)
+    peft_defaults.register()
 
 
 _register()
 
 __all__ = [
     "PRESETS",
+    "GriffinTrainerMixin",
     "RecurrentGemmaCache",
     "RecurrentGemmaConfig",
     "RecurrentGemmaForCausalLM",
@@ -61,7 +65,9 @@ __all__ = [
     "RecurrentGemmaModel",
     "RecurrentGemmaPreTrainedModel",
     "__version__",
+    "decayed_parameter_names",
     "demo_checkpoint",
     "linear_cross_entropy",
     "linear_recurrence",
+    "parameter_groups",
 ]

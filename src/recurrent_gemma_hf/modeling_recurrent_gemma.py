@@ -501,6 +501,9 @@ class RecurrentGemmaPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["RecurrentGemmaDecoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
+    # Small, and what errors of the recurrence grow from: quantizers leave these alone, and loading in float16 keeps
+    # them in float32. Loaded in bfloat16 they stay as the published checkpoints have them.
+    _keep_in_fp32_modules = ["rg_lru", "conv_1d", "temporal_pre_norm", "channel_pre_norm", "final_norm"]
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_sdpa = True

@@ -15,7 +15,7 @@ from checks import Claims, ConversionError
 from extras import check_extra_files, write_extra_files
 from mapping import Dialect, Row
 from sources import DTYPES, HfSource, OfficialSource, OrbaxSource, Source, TorchSource
-from targets import OrbaxFolder, Plan, SafetensorsFolder, Spec, Target, TorchFile, staged, total_bytes
+from targets import OrbaxFolder, Plan, SafetensorsFolder, Spec, Target, TorchFile, pieces, staged, total_bytes
 from tqdm import tqdm
 from upload import push
 from verification import verify_bits, verify_logits
@@ -50,10 +50,10 @@ def official_to_hf(dialect: Dialect, checkpoint: Path, output: Path, options: Op
     config.dtype = max(dtype_of.values(), key=lambda dtype: dtype.itemsize)
     config.architectures = ["RecurrentGemmaForCausalLM"]
     with staged(output, total_bytes(plan)) as folder:
-        _copy(SafetensorsFolder(folder, plan), rows, source, plan, _row_to_ours)
+        _copy(SafetensorsFolder(folder, plan), rows, source, plan, _to_ours)
         config.save_pretrained(folder)
         write_extra_files(folder, checkpoint, options.tokenizer, published=_is_published(checkpoint, options.claims))
-        _verify(options, source, folder, rows, config)
+        _verify(options, source, folder, rows, plan, config)
     if options.push_to_hub is not None:
         _push(output, options.push_to_hub)
     return config
@@ -87,8 +87,8 @@ def hf_to_official(dialect: Dialect, checkpoint: Path, output: Path, options: Op
     shapes = _official_shapes(rows, ours)
     plan = {row.official: Spec(shapes[row.official], options.dtype or _widest(source, row)) for row in rows}
     with staged(output, total_bytes(plan)) as path:
-        _copy(_TARGETS[dialect](path, plan), rows, source, plan, _row_to_official)
-        _verify(options, _SOURCES[dialect](path), checkpoint, rows, config)
+        _copy(_TARGETS[dialect](path, plan), rows, source, plan, _to_official)
+        _verify(options, _SOURCES[dialect](path), checkpoint, rows, plan, config)
     return config
 
 
@@ -101,41 +101,44 @@ def _widest(source: Source, row: Row) -> torch.dtype:
     return max((source.dtypes[name] for name in row.ours), key=lambda dtype: dtype.itemsize)
 
 
-def _row_to_ours(row: Row, source: Source) -> dict[str, torch.Tensor]:
-    return dict(zip(row.ours, row.layout.to_ours(source.read(row.official)), strict=True))
+def _to_ours(row: Row, part: slice, source: Source) -> dict[str, torch.Tensor]:
+    return dict(zip(row.ours, row.layout.to_ours(source.read(row.official, part)), strict=True))
 
 
-def _row_to_official(row: Row, source: Source) -> dict[str, torch.Tensor]:
-    return {row.official: row.layout.to_official(*(source.read(name) for name in row.ours))}
+def _to_official(row: Row, part: slice, source: Source) -> dict[str, torch.Tensor]:
+    return {row.official: row.layout.to_official(*(source.read(name, part) for name in row.ours))}
 
 
 def _copy(target: Target, rows: list[Row], source: Source, plan: Plan, convert: Callable) -> None:
-    """Streams every row from `source` to `target`: while one is written, the next is read, and no more is in memory."""
+    """Streams all pieces from `source` to `target`: while one is written, the next is read; no more is in memory."""
 
-    def read(row: Row) -> dict[str, torch.Tensor]:
-        return {name: tensor.to(plan[name].dtype).contiguous() for name, tensor in convert(row, source).items()}
+    def read(row: Row, part: slice) -> dict[str, torch.Tensor]:
+        return {name: tensor.to(plan[name].dtype).contiguous() for name, tensor in convert(row, part, source).items()}
 
     progress = tqdm(total=total_bytes(plan), unit="B", unit_scale=True, disable=None)
     try:
         with progress, ThreadPoolExecutor(max_workers=1) as reader:
-            coming = reader.submit(read, rows[0])
-            for following in [*rows[1:], None]:
-                arrays = coming.result()
+            first, *rest = pieces(rows, plan)
+            coming = reader.submit(read, *first)
+            for following in [*rest, None]:
+                tensors = coming.result()
                 if following is not None:
-                    coming = reader.submit(read, following)
-                while arrays:
-                    name = next(iter(arrays))
-                    target.write(name, arrays.pop(name))
-                    progress.update(plan[name].nbytes)
+                    coming = reader.submit(read, *following)
+                while tensors:
+                    name = next(iter(tensors))
+                    tensor = tensors.pop(name)
+                    target.write(name, tensor)
+                    progress.update(tensor.nbytes)
+                    del tensor
     finally:
         target.close()
 
 
 def _verify(
-    options: Options, official: OfficialSource, folder: Path, rows: list[Row], config: RecurrentGemmaConfig
+    options: Options, official: OfficialSource, folder: Path, rows: list[Row], plan: Plan, config: RecurrentGemmaConfig
 ) -> None:
     if options.verify:
-        verify_bits(official, HfSource(folder), rows, options.dtype)
+        verify_bits(official, HfSource(folder), rows, plan, options.dtype)
         verify_logits(official, folder, config, options.dtype)
 
 

@@ -1,14 +1,16 @@
 """Checkpoints to read from, one array at a time: Orbax folders, .pt archives of torch.save, safetensors folders.
 
 Each source has `shapes` and `dtypes` by name (known without reading any array), the mapping's `dialect` where it is an
-official one, and `read(name)`, which returns a CPU tensor and keeps nothing of it in memory.
+official one, and `read(name, part)`, which returns a CPU tensor: the array, or a part of its rows. Nothing of it stays
+in memory, except that an Orbax source keeps what is stored in one piece as long as that array is read in parts.
 """
 
 import json
+import math
 import pickle
 import zipfile
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -18,6 +20,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+WHOLE = slice(None)  # all rows of an array
+_CACHE_SLACK_BYTES = 2**20  # what tensorstore adds to the size of a decoded chunk
 _DAMAGED = "the file is damaged or incomplete: copy or download the checkpoint again"
 
 
@@ -27,8 +31,8 @@ class Source(Protocol):
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, torch.dtype]
 
-    def read(self, name: str) -> Tensor:
-        """The array of this name."""
+    def read(self, name: str, part: slice = WHOLE) -> Tensor:
+        """The array of this name, or `part` of its rows."""
 
 
 class OfficialSource(Source, Protocol):
@@ -48,7 +52,9 @@ class OrbaxSource:
     def __init__(self, path: Path):
         self.path = path
         self._base = self._find_store()
+        self._specs: dict[str, dict] = {}
         self._arrays = self._open_arrays()
+        self._in_parts: tuple[str, Any] = ("", None)  # the array that is read in parts, and its name
         self.shapes = {name: tuple(array.shape) for name, array in self._arrays.items()}
         self.dtypes = {name: _dtype(name, array.dtype.name) for name, array in self._arrays.items()}
 
@@ -59,7 +65,8 @@ class OrbaxSource:
         entries = {entry.name for entry in self.path.iterdir()}
         if not entries:
             raise ConversionError(f"{self.path} is empty: give the folder that holds the Orbax checkpoint")
-        files = {"driver": "file", "path": f"{self.path.resolve()}/"}
+        # Mapped, not copied: the bytes of a file are the page cache's, which the system takes back when it needs to.
+        files = {"driver": "file", "path": f"{self.path.resolve()}/", "file_io_mode": {"mode": "memmap"}}
         if not entries & {"_METADATA", "checkpoint"}:
             inside = " or ".join(str(file.parent) for file in sorted(self.path.glob("*/_METADATA")))
             remedy = (
@@ -100,12 +107,14 @@ class OrbaxSource:
                     "kvstore": {**self._base, "path": f"{self._base.get('path', '')}{folder}/"},
                     "fill_missing_data_reads": not zeros_are_stored,
                 }
+                self._specs[folder] = spec
                 arrays[folder] = tensorstore.open(spec, open=True, read=True).result()
         except (ValueError, OSError) as error:
             raise ConversionError(f"cannot open {self.path}: {_first_line(error)}; {_DAMAGED}") from error
         self._refuse_undescribed(arrays)
         if arrays and all(name.startswith("params.") for name in arrays):
             arrays = {name.removeprefix("params."): array for name, array in arrays.items()}
+            self._specs = {name.removeprefix("params."): spec for name, spec in self._specs.items()}
         return arrays
 
     def _refuse_undescribed(self, arrays: dict) -> None:
@@ -117,15 +126,33 @@ class OrbaxSource:
                 f"{self.path} lacks the array metadata (.zarray or zarr.json) of {', '.join(lacking)}: {_DAMAGED}"
             )
 
-    def read(self, name: str) -> Tensor:
-        """The array of this name."""
+    def read(self, name: str, part: slice = WHOLE) -> Tensor:
+        """The array of this name, or `part` of its rows."""
         try:
-            array = self._arrays[name].read().result()
+            array = self._open_in_parts(name)[part] if part != WHOLE else self._arrays[name]
+            array = array.read().result()
         except (ValueError, OSError) as error:
             raise ConversionError(f"cannot read {name} of {self.path}: {_first_line(error)}; {_DAMAGED}") from error
         if self.dtypes[name] == torch.bfloat16:  # NumPy has no such type and torch reads no other library's
             return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
         return torch.from_numpy(array)
+
+    def _open_in_parts(self, name: str):
+        """The array, opened so that what is decoded for some of its rows is kept for the next.
+
+        Orbax stores an array, or a device's shard of it, as one compressed chunk: it has to be decoded as a whole for a
+        single row. The cache belongs to the opened array and goes with it, when another one is asked for.
+        """
+        import tensorstore
+
+        if self._in_parts[0] != name:
+            self._in_parts = ("", None)
+            rows = self._arrays[name].chunk_layout.read_chunk.shape[0]
+            nbytes = rows * math.prod(self.shapes[name][1:]) * self.dtypes[name].itemsize
+            context = tensorstore.Context({"cache_pool": {"total_bytes_limit": nbytes + _CACHE_SLACK_BYTES}})
+            array = tensorstore.open(self._specs[name], open=True, read=True, context=context).result()
+            self._in_parts = (name, array)
+        return self._in_parts[1]
 
 
 # --- .pt --------------------------------------------------------------------------------------------------------------
@@ -170,12 +197,13 @@ class TorchSource:
             raise ConversionError(f"{self.path} is no state dict (names and tensors): save model.state_dict()")
         return loaded
 
-    def read(self, name: str) -> Tensor:
-        """The tensor of this name, mapped from the file."""
+    def read(self, name: str, part: slice = WHOLE) -> Tensor:
+        """The tensor of this name, or `part` of its rows, mapped from the file."""
         if self._read_bytes > self.REOPEN_AFTER_BYTES:
             self._tensors, self._read_bytes = self._load(), 0
-        self._read_bytes += self._tensors[name].nbytes
-        return self._tensors[name]
+        tensor = self._tensors[name][part]
+        self._read_bytes += tensor.nbytes
+        return tensor
 
 
 # --- safetensors ------------------------------------------------------------------------------------------------------
@@ -224,10 +252,10 @@ class HfSource:
                 raise ConversionError(f"{head} differs from {embedding}: in the official code they are one")
             del self.shapes[head], self.dtypes[head]
 
-    def read(self, name: str) -> Tensor:
-        """The tensor of this name. The file is opened for it alone: what is mapped goes with the tensor."""
+    def read(self, name: str, part: slice = WHOLE) -> Tensor:
+        """The tensor of this name, or `part` of its rows. The file is opened for it alone: what is mapped goes too."""
         with self._open(self._file_of[name]) as tensors:
-            return tensors.get_tensor(name)
+            return tensors.get_slice(name)[part]
 
 
 def _dtype(name: str, dtype: str) -> torch.dtype:

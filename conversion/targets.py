@@ -1,4 +1,4 @@
-"""Checkpoints to write, one array at a time, and the staging that leaves nothing behind when the work is cut short."""
+"""Checkpoints to write, a piece at a time, and the staging that leaves nothing behind when the work is cut short."""
 
 import json
 import math
@@ -7,11 +7,15 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, Protocol
+from typing import IO, BinaryIO, NamedTuple, Protocol
 
 import torch
 from checks import ConversionError
+from mapping import SAME, Row
+from sources import WHOLE
 from torch import Tensor
+
+PIECE_BYTES = 64 * 2**20  # of an array that is converted in several pieces
 
 
 class Spec(NamedTuple):
@@ -25,6 +29,11 @@ class Spec(NamedTuple):
         """Its size in memory and in a file."""
         return math.prod(self.shape) * self.dtype.itemsize
 
+    @property
+    def piece_rows(self) -> int:
+        """How many of its rows make a piece."""
+        return max(1, PIECE_BYTES // (math.prod(self.shape[1:]) * self.dtype.itemsize or 1))
+
 
 Plan = Mapping[str, Spec]
 
@@ -34,14 +43,49 @@ def total_bytes(plan: Plan) -> int:
     return sum(spec.nbytes for spec in plan.values())
 
 
+def pieces(rows: list[Row], plan: Plan) -> Iterator[tuple[Row, slice]]:
+    """What is converted at a time: a row of the table, or, where its array is large, a part of the array's rows.
+
+    A matrix that is transposed is one piece: its rows lie apart in the official array. The embedding, the largest
+    array by far, is not.
+    """
+    for row in rows:
+        spec = plan[row.official if row.official in plan else row.ours[0]]
+        if row.layout is SAME and spec.shape[0] > spec.piece_rows:
+            for start in range(0, spec.shape[0], spec.piece_rows):
+                yield row, slice(start, min(start + spec.piece_rows, spec.shape[0]))
+        else:
+            yield row, WHOLE
+
+
 class Target(Protocol):
     """What all targets have in common."""
 
-    def write(self, name: str, tensor: Tensor) -> None:
-        """Takes the next array of the plan."""
+    def write(self, name: str, piece: Tensor) -> None:
+        """Takes the next rows of the array that is being written, or the first ones of the next array of the plan."""
 
     def close(self) -> None:
         """Ends the checkpoint."""
+
+
+class _Progress:
+    """How far a target has come in its plan: arrays in order, each from its first row to its last."""
+
+    def __init__(self, plan: Plan):
+        self._plan, self._pending, self._rows = plan, list(plan), 0
+
+    def take(self, name: str, piece: Tensor) -> tuple[int, bool]:
+        """The row of the array at which the piece begins, and whether the array ends with it."""
+        spec, start = self._plan[name], self._rows
+        assert name == self._pending[0], f"{name} is out of order"
+        assert (tuple(piece.shape[1:]), piece.dtype) == (spec.shape[1:], spec.dtype), f"{name} is not as planned"
+        self._rows += piece.shape[0]
+        assert self._rows <= spec.shape[0], f"{name} has too many rows"
+        ended = self._rows == spec.shape[0]
+        if ended:
+            self._pending.pop(0)
+            self._rows = 0
+        return start, ended
 
 
 @contextmanager
@@ -88,7 +132,7 @@ def _bytes_of(tensor: Tensor) -> memoryview:
 
 
 class SafetensorsFolder:
-    """Writes model.safetensors, or shards and their index, tensor by tensor in the order of the plan.
+    """Writes model.safetensors, or shards and their index, piece by piece in the order of the plan.
 
     The library itself writes a file in one call from tensors that are all in memory. The format is 8 bytes with the
     length of a JSON header, the header, and the tensors end to end (https://huggingface.co/docs/safetensors), so it is
@@ -102,8 +146,9 @@ class SafetensorsFolder:
         folder.mkdir()
         self._folder, self._plan = folder, plan
         self._shards = self._split()
+        self._first_of = {names[0]: file for file, names in self._shards.items()}
         self._file: BinaryIO | None = None
-        self._pending: list[str] = []
+        self._progress = _Progress(plan)
         if len(self._shards) > 1:
             index = {
                 "metadata": {"total_size": total_bytes(plan)},
@@ -124,21 +169,18 @@ class SafetensorsFolder:
             return {"model.safetensors": shards[0]}
         return {f"model-{i:05}-of-{len(shards):05}.safetensors": names for i, names in enumerate(shards, start=1)}
 
-    def write(self, name: str, tensor: Tensor) -> None:
-        """Appends the next tensor of the plan."""
-        if not self._pending:
-            self._next_shard()
-        assert name == self._pending.pop(0), f"{name} is out of order"
-        assert Spec(tuple(tensor.shape), tensor.dtype) == self._plan[name], f"{name} is not as planned"
-        self._file.write(_bytes_of(tensor))
+    def write(self, name: str, piece: Tensor) -> None:
+        """Appends the next piece."""
+        start, _ = self._progress.take(name, piece)
+        if start == 0 and name in self._first_of:
+            self._open_shard(self._first_of[name])
+        self._file.write(_bytes_of(piece))
 
-    def _next_shard(self) -> None:
+    def _open_shard(self, file: str) -> None:
         self.close()
-        file = next(iter(self._shards))
-        self._pending = self._shards.pop(file)
         header: dict[str, dict] = {"__metadata__": {"format": "pt"}}
         offset = 0
-        for name in self._pending:
+        for name in self._shards[file]:
             shape, dtype = self._plan[name]
             end = offset + self._plan[name].nbytes
             header[name] = {"dtype": self._NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
@@ -158,7 +200,7 @@ class SafetensorsFolder:
 
 
 class TorchFile:
-    """Writes a state dict as torch.save does, tensor by tensor in the order of the plan.
+    """Writes a state dict as torch.save does, piece by piece in the order of the plan.
 
     torch.save wants all tensors in memory. It can leave out their bytes, however (`torch.serialization.skip_data`):
     the small records of such a skeleton are copied, and the bytes of the tensors follow as they come.
@@ -168,7 +210,9 @@ class TorchFile:
     _ZIP64_FROM = 2**31 - 1
 
     def __init__(self, file: Path, plan: Plan):
-        self._plan, self._order = plan, list(plan)
+        self._plan, self._progress = plan, _Progress(plan)
+        self._numbers = {name: number for number, name in enumerate(plan)}
+        self._record: IO[bytes] | None = None
         skeleton = file.with_name(f"{file.name}.skeleton")
         try:
             self._save_skeleton(skeleton)
@@ -189,21 +233,32 @@ class TorchFile:
         with torch.serialization.skip_data(materialize_fake_tensors=True):
             torch.save(fakes, file)
 
-    def write(self, name: str, tensor: Tensor) -> None:
-        """Appends the next tensor of the plan: the n-th is the record data/n."""
-        number = self._order.index(name)
-        assert Spec(tuple(tensor.shape), tensor.dtype) == self._plan[name], f"{name} is not as planned"
-        record = zipfile.ZipInfo(f"archive/data/{number}")
-        large = tensor.nbytes >= self._ZIP64_FROM
+    def write(self, name: str, piece: Tensor) -> None:
+        """Appends the next piece: the n-th tensor of the plan is the record data/n."""
+        start, ended = self._progress.take(name, piece)
+        if start == 0:
+            self._record = self._open_record(name)
+        self._record.write(_bytes_of(piece))
+        if ended:
+            self._end_record()
+
+    def _open_record(self, name: str) -> IO[bytes]:
+        record = zipfile.ZipInfo(f"archive/data/{self._numbers[name]}")
+        large = self._plan[name].nbytes >= self._ZIP64_FROM
         # A local header is 30 bytes, the name, and extra fields: 20 bytes for large sizes, and our padding.
         start = self._zip.start_dir + 30 + len(record.filename) + (20 if large else 0) + 4
         padding = -start % self._ALIGNMENT
         record.extra = b"FB" + padding.to_bytes(2, "little") + bytes(padding)
-        with self._zip.open(record, "w", force_zip64=large) as target:
-            target.write(_bytes_of(tensor))
+        return self._zip.open(record, "w", force_zip64=large)
+
+    def _end_record(self) -> None:
+        if self._record is not None:
+            self._record.close()
+            self._record = None
 
     def close(self) -> None:
         """Writes the table of contents."""
+        self._end_record()  # still open after an interruption
         self._zip.close()
 
 
@@ -211,17 +266,16 @@ class TorchFile:
 
 
 class OrbaxFolder:
-    """Writes an Orbax checkpoint with one zarr folder per array, array by array, with the outer `params`.
+    """Writes an Orbax checkpoint with one zarr folder per array, piece by piece, with the outer `params`.
 
     Orbax saves whole trees from memory. This layout, which every version of it reads, is arrays that tensorstore can
-    write one at a time, and a description of the tree.
+    write a piece at a time, and a description of the tree. A piece is a chunk, so that none is written twice.
     """
-
-    _CHUNK_BYTES = 64 * 2**20
 
     def __init__(self, folder: Path, plan: Plan):
         folder.mkdir()
-        self._folder, self._plan = folder, plan
+        self._folder, self._plan, self._progress = folder, plan, _Progress(plan)
+        self._array = None  # the one that is being written
         leaves = {}
         for name in plan:
             keys = ("params", *_tree_keys(name))
@@ -239,31 +293,39 @@ class OrbaxFolder:
         }
         (folder / "_METADATA").write_text(json.dumps(tree))
 
-    def write(self, name: str, tensor: Tensor) -> None:
-        """Writes one array of the plan."""
+    def write(self, name: str, piece: Tensor) -> None:
+        """Writes the next piece."""
         import ml_dtypes
+
+        start, ended = self._progress.take(name, piece)
+        if start == 0:
+            self._array = self._create(name)
+        piece = piece.contiguous()
+        if piece.dtype == torch.bfloat16:
+            numbers = piece.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+        else:
+            numbers = piece.numpy()
+        self._array[start : start + len(piece)].write(numbers).result()
+        if ended:
+            self._array = None
+
+    def _create(self, name: str):
         import tensorstore
 
-        assert Spec(tuple(tensor.shape), tensor.dtype) == self._plan[name], f"{name} is not as planned"
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        rows = max(1, self._CHUNK_BYTES // (tensor[0].nbytes or 1))
+        planned = self._plan[name]
+        dtype = str(planned.dtype).removeprefix("torch.")
         spec = {
             "driver": "zarr",
             "kvstore": {"driver": "file", "path": f"{self._folder}/params.{name}/"},
             "metadata": {
-                "shape": list(tensor.shape),
-                "chunks": [min(rows, tensor.shape[0]), *tensor.shape[1:]],
+                "shape": list(planned.shape),
+                "chunks": [min(planned.piece_rows, planned.shape[0]), *planned.shape[1:]],
                 "dtype": {"float32": "<f4"}.get(dtype, dtype),
                 "compressor": {"id": "zstd", "level": 1},
             },
             "store_data_equal_to_fill_value": True,
         }
-        array = tensor.contiguous()
-        if array.dtype == torch.bfloat16:
-            numbers = array.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-        else:
-            numbers = array.numpy()
-        tensorstore.open(spec, create=True, write=True).result().write(numbers).result()
+        return tensorstore.open(spec, create=True, write=True).result()
 
     def close(self) -> None:
         """Says that the checkpoint is complete, as Orbax does."""

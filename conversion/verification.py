@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from checks import ConversionError
 from mapping import Row
-from sources import OfficialSource, Source
+from sources import HfSource, OfficialSource, Source
+from targets import Plan, pieces
 from torch import Tensor
 
 from recurrent_gemma_hf import RecurrentGemmaConfig, RecurrentGemmaForCausalLM
@@ -18,16 +19,16 @@ TOKENS_BT = (2, 24)
 TOLERANCE = 1e-3
 
 
-def verify_bits(official: OfficialSource, ours: Source, rows: list[Row], dtype: torch.dtype | None) -> None:
+def verify_bits(official: OfficialSource, ours: Source, rows: list[Row], plan: Plan, dtype: torch.dtype | None) -> None:
     """Raises unless every array of the two checkpoints holds the same bits, once both are in `dtype` (None: as is)."""
-    wrong = []
-    for row in rows:
-        expected = official.read(row.official)
-        found = row.layout.to_official(*(ours.read(name) for name in row.ours))
+    wrong = {}
+    for row, part in pieces(rows, plan):
+        expected = official.read(row.official, part)
+        found = row.layout.to_official(*(ours.read(name, part) for name in row.ours))
         if dtype is not None:
             expected, found = expected.to(dtype), found.to(dtype)
         if expected.dtype != found.dtype or not torch.equal(_bits(expected), _bits(found)):
-            wrong.append(row.official)
+            wrong[row.official] = None  # once, however many of its parts differ
     if wrong:
         raise ConversionError(f"the result differs from its source in {', '.join(wrong)}: please report this")
 
@@ -64,9 +65,11 @@ def verify_logits(
 
 @torch.no_grad()
 def _our_logits(folder: Path, tokens_BT: Tensor, dtype: torch.dtype | None) -> Tensor:
-    model = RecurrentGemmaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    # As they are stored, then cast one by one: asked for float32, from_pretrained keeps both until all are cast.
+    stored = max(HfSource(folder).dtypes.values(), key=lambda dtype: dtype.itemsize)
+    model = RecurrentGemmaForCausalLM.from_pretrained(folder, dtype=stored).eval()
     for parameter in model.parameters():
-        parameter.copy_(_float32(parameter, dtype))
+        parameter.data = _float32(parameter.data, dtype)
     return model(tokens_BT, use_cache=False).logits
 
 

@@ -1,6 +1,7 @@
 """The two directions, and the command line that the four scripts share."""
 
 import argparse
+import math
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -17,8 +18,8 @@ from mapping import Dialect, Row
 from sources import DTYPES, HfSource, OfficialSource, OrbaxSource, Source, TorchSource
 from targets import OrbaxFolder, Plan, SafetensorsFolder, Spec, Target, TorchFile, pieces, staged, total_bytes
 from tqdm import tqdm
-from upload import push
-from verification import verify_bits, verify_logits
+from upload import check_repository, push
+from verification import check_can_verify, verify_bits, verify_logits
 
 from recurrent_gemma_hf import PRESETS, RecurrentGemmaConfig
 
@@ -41,11 +42,14 @@ def official_to_hf(dialect: Dialect, checkpoint: Path, output: Path, options: Op
     source = _SOURCES[dialect](checkpoint)
     config = checks.infer_config(source.shapes, dialect, options.claims)
     check_extra_files(checkpoint, options.tokenizer, config.vocab_size)
+    if options.push_to_hub is not None:
+        check_repository(options.push_to_hub)
     rows = mapping.table(config, dialect)
     ours = checks.our_shapes(config)
     checks.check_bijection(rows, ours, _official_shapes(rows, ours), source.shapes)
     dtype_of = {row.official: options.dtype or source.dtypes[row.official] for row in rows}
     plan = {name: Spec(ours[name], dtype_of[row.official]) for row in rows for name in row.ours}
+    _check_can_verify(options, dialect, ours)
     # from_pretrained casts all parameters to this dtype, so it is the one that holds each of them exactly.
     config.dtype = max(dtype_of.values(), key=lambda dtype: dtype.itemsize)
     config.architectures = ["RecurrentGemmaForCausalLM"]
@@ -84,6 +88,7 @@ def hf_to_official(dialect: Dialect, checkpoint: Path, output: Path, options: Op
     rows = mapping.table(config, dialect)
     ours = checks.our_shapes(config)
     checks.check_bijection(rows, ours, ours, source.shapes)
+    _check_can_verify(options, dialect, ours)
     shapes = _official_shapes(rows, ours)
     plan = {row.official: Spec(shapes[row.official], options.dtype or _widest(source, row)) for row in rows}
     with staged(output, total_bytes(plan)) as path:
@@ -132,6 +137,11 @@ def _copy(target: Target, rows: list[Row], source: Source, plan: Plan, convert: 
                     del tensor
     finally:
         target.close()
+
+
+def _check_can_verify(options: Options, dialect: Dialect, ours: checks.Shapes) -> None:
+    if options.verify:
+        check_can_verify(dialect, sum(math.prod(shape) for shape in ours.values()))
 
 
 def _verify(

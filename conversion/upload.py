@@ -37,15 +37,7 @@ def push(folder: Path, repo_id: str, private: bool = False) -> str:
         ConnectionError: the Hub could not be reached or broke off; the same call resumes.
     """
     _check_folder(folder)
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise ValueError(f"{repo_id!r} is no name of a repository ({error}): give owner/name") from error
-    if get_token() is None:
-        raise PermissionError(
-            f"no token to push to {repo_id} with: run `hf auth login`, or set HF_TOKEN, with a token that may write "
-            "(https://huggingface.co/settings/tokens)"
-        )
+    check_repository(repo_id)
     api = HfApi()
     try:
         api.create_repo(repo_id, private=private, exist_ok=True)
@@ -55,6 +47,19 @@ def push(folder: Path, repo_id: str, private: bool = False) -> str:
     except (HfHubHTTPError, HTTPError, ConnectionError, TimeoutError, RuntimeError) as error:  # the last three: hf_xet
         raise _explained(error, repo_id) from error
     return commit.commit_url
+
+
+def check_repository(repo_id: str) -> None:
+    """Raises as `push` does, as far as it can be told without asking the Hub."""
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ValueError(f"{repo_id!r} is no name of a repository ({error}): give owner/name") from error
+    if get_token() is None:
+        raise PermissionError(
+            f"no token to push to {repo_id} with: run `hf auth login`, or set HF_TOKEN, with a token that may write "
+            "(https://huggingface.co/settings/tokens)"
+        )
 
 
 def _check_folder(folder: Path) -> None:

@@ -1,12 +1,13 @@
 """--verify: the result is read again, compared bit by bit, and its logits with those of the official code."""
 
-from importlib.util import find_spec
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 from checks import ConversionError
-from mapping import Row
+from mapping import Dialect, Row
 from sources import HfSource, OfficialSource, Source
 from targets import Plan, pieces
 from torch import Tensor
@@ -17,6 +18,8 @@ TOKENS_BT = (2, 24)
 # Of the largest logit. Small models that are converted correctly differ by 2e-5 at most (tests/test_conversion.py) and
 # rounding grows with depth; the exchange of any two arrays moves logits by the order of their own size.
 TOLERANCE = 1e-3
+# Each of the two models in float32, one after the other, and what comes on top (benchmarks/results/conversion_2b.jsonl)
+BYTES_PER_PARAMETER = 4.6
 
 
 def verify_bits(official: OfficialSource, ours: Source, rows: list[Row], plan: Plan, dtype: torch.dtype | None) -> None:
@@ -38,6 +41,24 @@ def _bits(tensor: Tensor) -> Tensor:
     return tensor.contiguous().view(torch.int32 if tensor.itemsize == 4 else torch.int16)
 
 
+def check_can_verify(dialect: Dialect, parameters: int) -> None:
+    """Raises, before the long work starts, where `verify_logits` would fail or be killed for want of memory."""
+    try:
+        import_module(f"recurrentgemma.{dialect}")
+    except ImportError as error:
+        raise ConversionError(
+            f"--verify compares logits with the official code, which cannot be imported ({error}): "
+            "pip install 'recurrentgemma[full]', or leave --verify out"
+        ) from error
+    needed, free = BYTES_PER_PARAMETER * parameters, psutil.virtual_memory().available
+    if free < needed:
+        raise ConversionError(
+            f"--verify holds a model of {parameters / 1e9:.2f} billion parameters in float32, which takes "
+            f"{needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free: close other programs, run it on a "
+            "larger machine, or leave --verify out"
+        )
+
+
 def verify_logits(
     official: OfficialSource, folder: Path, config: RecurrentGemmaConfig, dtype: torch.dtype | None
 ) -> None:
@@ -46,11 +67,6 @@ def verify_logits(
     Where the conversion rounded to `dtype`, the side that was not rounded is rounded here too. The official arrays go
     into the official code of their own dialect under their own names: nothing of our mapping takes part.
     """
-    if find_spec("recurrentgemma") is None:
-        raise ConversionError(
-            "--verify compares logits with the official code, which is not installed: pip install recurrentgemma, or "
-            "leave --verify out"
-        )
     tokens_BT = torch.randint(config.vocab_size, TOKENS_BT, generator=torch.Generator().manual_seed(0))
     ours_BTV = _our_logits(folder, tokens_BT, dtype)
     official_logits = {"jax": _jax_logits, "torch": _torch_logits}[official.dialect]

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import oracles  # skips this file where the official code is not installed
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -26,8 +27,8 @@ from transformers import AutoTokenizer
 
 from recurrent_gemma_hf import RecurrentGemmaConfig, RecurrentGemmaForCausalLM
 
-ocp = pytest.importorskip("orbax.checkpoint", reason="install this package with its `convert` extra")
-pytest.importorskip("tensorstore", reason="install this package with its `convert` extra")
+ocp = pytest.importorskip("orbax.checkpoint", reason="install this package with its `test` extra")
+tensorstore = pytest.importorskip("tensorstore", reason="install this package with its `test` extra")
 
 CONVERSION = Path(__file__).parents[1] / "conversion"
 sys.path.insert(0, str(CONVERSION))  # the folder is no package: its scripts run from a clone
@@ -37,6 +38,7 @@ import convert  # noqa: E402
 import mapping  # noqa: E402
 import sources  # noqa: E402
 import targets  # noqa: E402
+import upload  # noqa: E402
 import verification  # noqa: E402
 from checks import Claims, ConversionError  # noqa: E402
 from convert import Options, hf_to_official, official_to_hf  # noqa: E402
@@ -266,6 +268,70 @@ def test_verify_on_the_way_back_and_with_rounding(tmp_path, config, orbax, diale
     assert json.loads((tmp_path / "hf/config.json").read_text())["dtype"] == "bfloat16"
     hf_to_official(dialect, tmp_path / "hf", tmp_path / "back", Options(dtype=torch.float32, verify=True))
     assert set(sources.OrbaxSource(tmp_path / "back").dtypes.values() if dialect == "jax" else []) <= {torch.float32}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dialect", ["jax", "torch"])
+def test_large_arrays_are_converted_in_pieces(tmp_path, config, monkeypatch, dialect, dtype):
+    """No piece of the embedding is larger than it may be, and the files are the same, there and back."""
+    if dialect == "jax":
+        path = save_orbax(tmp_path / "2b", {"params": flax_tree(config, dtype)})
+    else:
+        path = tmp_path / "2b.pt"
+        torch.save(official_state(config, dtype), path)
+    official_to_hf(dialect, path, tmp_path / "whole", options_of(config))
+    monkeypatch.setattr(targets, "PIECE_BYTES", 2000)
+    written: dict[str, list[int]] = {}
+    for kind in (targets.SafetensorsFolder, {"jax": targets.OrbaxFolder, "torch": targets.TorchFile}[dialect]):
+
+        def write(self, name, piece, write=kind.write):
+            written.setdefault(name, []).append(piece.nbytes)
+            write(self, name, piece)
+
+        monkeypatch.setattr(kind, "write", write)
+    official_to_hf(dialect, path, tmp_path / "pieces", options_of(config, verify=dialect == "torch"))
+    hf_to_official(dialect, tmp_path / "pieces", tmp_path / "back", Options(verify=dialect == "torch"))
+    # a row takes 192 bytes in float32, so a piece has 10 of the 101, and in bfloat16 20
+    full, last = (10 * 192, 192) if dtype == "float32" else (20 * 96, 96)
+    expected = [full] * ((101 - 1) * config.hidden_size * (4 if dtype == "float32" else 2) // full) + [last]
+    assert written["model.embed_tokens.weight"] == written["embedder.input_embedding"] == expected
+    whole, in_pieces = (tmp_path / folder / "model.safetensors" for folder in ("whole", "pieces"))
+    assert whole.read_bytes() == in_pieces.read_bytes()
+    if dialect == "jax":
+        assert_same_bits(restore_orbax(tmp_path / "back"), restore_orbax(path))
+    else:
+        state, back = (torch.load(file, weights_only=True) for file in (path, tmp_path / "back"))
+        assert all(torch.equal(back[name], tensor) for name, tensor in state.items())
+
+
+def test_pieces_that_end_elsewhere_than_the_stored_chunks(tmp_path, config, orbax, monkeypatch):
+    official_to_hf("jax", orbax, tmp_path / "whole", options_of(config))
+    monkeypatch.setattr(targets, "PIECE_BYTES", 2000)  # written in chunks of 10 rows
+    hf_to_official("jax", tmp_path / "whole", tmp_path / "chunks", Options())
+    monkeypatch.setattr(targets, "PIECE_BYTES", 7 * 192)
+    official_to_hf("jax", tmp_path / "chunks", tmp_path / "pieces", options_of(config))
+    whole, in_pieces = (tmp_path / folder / "model.safetensors" for folder in ("whole", "pieces"))
+    assert whole.read_bytes() == in_pieces.read_bytes()
+
+
+@pytest.mark.parametrize("ocdbt", [False, True], ids=["zarr", "ocdbt"])
+def test_a_stored_chunk_is_decoded_once_for_all_of_its_pieces(tmp_path, config, ocdbt):
+    """Orbax stores the embedding as one chunk: decoding it again for each piece would take forever at full size."""
+    path = save_orbax(tmp_path / "2b", {"params": flax_tree(config, "float32")}, use_ocdbt=ocdbt)
+    source = sources.OrbaxSource(path)
+
+    def bytes_read() -> int:
+        (metric,) = tensorstore.experimental_collect_matching_metrics("/tensorstore/kvstore/file/bytes_read")
+        return metric["values"][0]["value"]
+
+    name = "embedder.input_embedding"
+    parts = [source.read(name, slice(0, 10))]
+    before = bytes_read()
+    parts += [source.read(name, slice(start, min(start + 10, 101))) for start in range(10, 101, 10)]
+    assert bytes_read() - before < 101 * 48
+    whole = source.read(name)
+    assert bytes_read() - before > 101 * 48 * 3, "otherwise this counts nothing"
+    assert torch.equal(torch.cat(parts), whole)
 
 
 def test_shards_and_their_index(tmp_path, config, orbax, monkeypatch):
@@ -601,11 +667,53 @@ def test_a_folder_without_weights_or_config(tmp_path, config):
         hf_to_official("torch", tmp_path / "hf", tmp_path / "2b.pt", Options())
 
 
-def test_verify_without_the_official_code(tmp_path, config, pt, monkeypatch):
-    monkeypatch.setattr(verification, "find_spec", lambda name: None)
-    with pytest.raises(ConversionError, match="official code, which is not installed: pip install recurrentgemma"):
-        official_to_hf("torch", pt, tmp_path / "hf", options_of(config, verify=True))
-    assert left_in(tmp_path) == {"2b.pt"}
+@pytest.fixture
+def no_writing(monkeypatch):
+    """For what has to be noticed before the long work starts."""
+
+    def write(self, name, piece):
+        raise AssertionError("the work had started")
+
+    for kind in (targets.SafetensorsFolder, targets.OrbaxFolder, targets.TorchFile):
+        monkeypatch.setattr(kind, "write", write)
+
+
+@pytest.mark.parametrize("lacking", ["recurrentgemma", "flax"])
+def test_verify_without_the_official_code_or_what_it_needs(tmp_path, config, orbax, monkeypatch, no_writing, lacking):
+    """`pip install recurrentgemma` alone brings no flax."""
+    for name in [name for name in sys.modules if name.split(".")[0] in ("recurrentgemma", "flax")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, lacking, None)  # importing it is an ImportError
+    with pytest.raises(ConversionError, match=r"cannot be imported .*: pip install 'recurrentgemma\[full\]'"):
+        official_to_hf("jax", orbax, tmp_path / "hf", options_of(config, verify=True))
+    assert left_in(tmp_path) == {"2b"}
+
+
+@pytest.mark.parametrize("back", [False, True], ids=["to hf", "to .pt"])
+def test_verify_without_the_memory_for_it(tmp_path, config, pt, monkeypatch, no_writing, back):
+    """The 2B model takes 12.3 GB: a message beforehand instead of a kill."""
+    model = oracles.build(config)
+    model.save_pretrained(tmp_path / "hf")
+    needed = verification.BYTES_PER_PARAMETER * sum(parameter.numel() for parameter in model.parameters())
+    memory = psutil.virtual_memory()._replace(available=needed - 1)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
+    direction, source = (hf_to_official, tmp_path / "hf") if back else (official_to_hf, pt)
+    options = Options(verify=True) if back else options_of(config, verify=True)
+    with pytest.raises(ConversionError, match=r"--verify holds a model of 0.00 billion .* GB are free: close other"):
+        direction("torch", source, tmp_path / "out", options)
+    assert left_in(tmp_path) == {"2b.pt", "hf"}
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory._replace(available=needed))
+    with pytest.raises(AssertionError, match="the work had started"):
+        direction("torch", source, tmp_path / "out", options)
+
+
+def test_verify_takes_the_numbers_as_they_are_stored(tmp_path, config):
+    """A config.json that announces bfloat16 beside float32 weights rounds nothing."""
+    oracles.build(config).save_pretrained(tmp_path / "hf")
+    fields = json.loads((tmp_path / "hf/config.json").read_text())
+    (tmp_path / "hf/config.json").write_text(json.dumps({**fields, "dtype": "bfloat16"}))
+    hf_to_official("torch", tmp_path / "hf", tmp_path / "back.pt", Options(verify=True))
+    assert {tensor.dtype for tensor in torch.load(tmp_path / "back.pt").values()} == {torch.float32}
 
 
 # --- the output -------------------------------------------------------------------------------------------------------
@@ -716,6 +824,19 @@ def test_pushed_to_the_hub_when_it_is_complete(tmp_path, config, pt):
         assert done.returncode == 0, done.stderr
         assert {"config.json", "model.safetensors", "README.md"} <= set(hub.files)
     assert "pushed: " in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("repo", "token", "message"),
+    [("somebody/my griffin", TOKEN, "is no name of a repository"), (REPO, "", "no token to push to")],
+)
+def test_what_cannot_be_pushed_is_noticed_before_the_work(
+    tmp_path, config, pt, monkeypatch, no_writing, repo, token, message
+):
+    monkeypatch.setattr(upload, "get_token", lambda: token or None)
+    with pytest.raises((ValueError, PermissionError), match=message):
+        official_to_hf("torch", pt, tmp_path / "hf", options_of(config, push_to_hub=repo))
+    assert left_in(tmp_path) == {"2b.pt"}
 
 
 @pytest.mark.parametrize(

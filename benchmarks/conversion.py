@@ -1,9 +1,11 @@
 """Converting a checkpoint of the 2B shape (bfloat16, random): peak memory, and speed beside `cp` on the same disk.
 
     python benchmarks/conversion.py FOLDER         # an empty folder with 20 GB free; what is written there is removed
+    python benchmarks/conversion.py FOLDER --9b    # Orbax to HF at the 9B shape instead: 35 GB free
 
 Checkpoints are made by the official code. Before each timing the source leaves the page cache; each timing includes
-the write reaching the disk. Memory is what a script's process peaks at, less what its imports alone take.
+the write reaching the disk. Memory is what a script's process peaks at, less what its imports alone take; "without
+mapped files" leaves out the pages of the source, which the system takes back when it needs them (sampled every 20 ms).
 """
 
 from __future__ import annotations
@@ -19,7 +21,10 @@ from pathlib import Path
 from peers import recorded
 
 CONVERSION = Path(__file__).parents[1] / "conversion"
-COLUMNS = ["what", "GB", "seconds", "cp seconds", "share of cp", "peak GB beyond imports", "imports GB"]
+COLUMNS = [
+    *("what", "GB", "seconds", "cp seconds", "share of cp"),
+    *("peak GB beyond imports", "without mapped files", "imports GB"),
+]
 
 MAKE_ORBAX = """
 import jax, numpy as np, orbax.checkpoint, sys
@@ -41,9 +46,39 @@ with torch.device("meta"):
     shapes = official.Griffin(config, gradient_checkpointing=False, dtype=torch.bfloat16).state_dict()
 torch.save({name: torch.empty(s.shape, dtype=s.dtype).normal_(std=1 / 64) for name, s in shapes.items()}, sys.argv[1])
 """
+# Layer by layer: the 9B shape is 17 GB. The numbers repeat at a distance that no compressor of Orbax looks back.
+MAKE_ORBAX_9B = """
+import jax, json, numpy as np, orbax.checkpoint, pathlib, shutil, sys
+from recurrentgemma import common, jax as official
+path = pathlib.Path(sys.argv[1])
+config = common.GriffinConfig.from_preset(common.Preset.RECURRENT_GEMMA_9B_V1)
+model = official.Griffin(config, dtype=jax.numpy.bfloat16, gradient_checkpointing=False)
+tokens = jax.ShapeDtypeStruct((1, 4), "int32")
+shapes = jax.eval_shape(lambda t: model.init(jax.random.key(0), t, t), tokens)["params"]
+drawn = (np.random.default_rng(0).standard_normal(1 << 26, np.float32) / 64).astype(jax.numpy.bfloat16)
+whole = None
+for key, layer in shapes.items():
+    arrays = jax.tree.map(lambda leaf: np.resize(drawn, leaf.shape), layer)
+    orbax.checkpoint.PyTreeCheckpointer(use_ocdbt=False).save(path / "part", {"params": {key: arrays}})
+    metadata = json.loads((path / "part/_METADATA").read_text())
+    whole = whole or metadata
+    whole["tree_metadata"].update(metadata["tree_metadata"])
+    for folder in (path / "part").glob("params.*"):
+        folder.rename(path / folder.name)
+    shutil.rmtree(path / "part")
+(path / "_METADATA").write_text(json.dumps(whole))
+"""
 # Linux hands the peak of a process's parent down to it in getrusage, but not in VmHWM.
 PEAK = """
-import runpy, sys
+import runpy, sys, threading, time
+def status(key):
+    return int(next(line for line in open("/proc/self/status") if line.startswith(key)).split()[1])
+anonymous = [0]
+def watch():
+    while True:
+        anonymous.append(max(anonymous.pop(), status("RssAnon")))
+        time.sleep(0.02)
+threading.Thread(target=watch, daemon=True).start()
 sys.path.insert(0, sys.argv[1])
 del sys.argv[:2]
 try:
@@ -51,9 +86,9 @@ try:
         runpy.run_path(sys.argv[0], run_name="__main__")
     else:
         import convert, ml_dtypes, tensorstore
+        time.sleep(0.1)
 finally:
-    peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
-    print("peak kB:", peak.split()[1])
+    print("peak kB:", status("VmHWM"), *anonymous)
 """
 
 
@@ -64,9 +99,9 @@ def run(code: str, *arguments: object) -> str:
     return done.stdout
 
 
-def peak_gb(*arguments: object) -> float:
-    """Runs a conversion script (none: its imports alone) and returns its peak resident memory."""
-    return int(run(PEAK, CONVERSION, *arguments).split()[-1]) * 1024 / 1e9
+def peak_gb(*arguments: object) -> list[float]:
+    """Runs a conversion script (none: its imports alone); its peak resident memory, with and without mapped files."""
+    return [int(kb) * 1024 / 1e9 for kb in run(PEAK, CONVERSION, *arguments).split()[-2:]]
 
 
 def files(path: Path) -> list[Path]:
@@ -91,7 +126,7 @@ def timed(source: Path, work) -> tuple[float, float]:
     return time.perf_counter() - start, result
 
 
-def measure(what: str, script: str, source: Path, target: Path, imports: float, *options: str) -> dict:
+def measure(what: str, script: str, source: Path, target: Path, imports: list[float], *options: str) -> dict:
     copy = source.with_name("copy")
     copying, _ = timed(source, lambda: subprocess.run(["cp", "-r", source, copy], check=True))
     shutil.rmtree(copy) if copy.is_dir() else copy.unlink()
@@ -103,17 +138,33 @@ def measure(what: str, script: str, source: Path, target: Path, imports: float, 
         "seconds": seconds,
         "cp seconds": copying,
         "share of cp": copying / seconds,
-        "peak GB beyond imports": peak - imports,
-        "imports GB": imports,
+        "peak GB beyond imports": peak[0] - imports[0],
+        "without mapped files": peak[1] - imports[1],
+        "imports GB": imports[0],
     }
+
+
+def large(folder: Path) -> None:
+    orbax, hf = folder / "9b", folder / "hf"
+    with recorded("conversion_9b", COLUMNS) as record:
+        orbax.mkdir()
+        run(MAKE_ORBAX_9B, orbax)
+        preset = ("--preset", "recurrentgemma-9b")
+        record(measure("Orbax (zarr) to HF, 9B", "orbax_to_hf", orbax, hf, peak_gb(), *preset))
+        shutil.rmtree(orbax)
+        shutil.rmtree(hf)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    folder = parser.parse_args().folder.absolute()
+    parser.add_argument("--9b", action="store_true", dest="large")
+    given = parser.parse_args()
+    folder = given.folder.absolute()
     if any(folder.iterdir()):
         parser.error(f"{folder} is not empty")
+    if given.large:
+        return large(folder)
     preset = ("--preset", "recurrentgemma-2b")
     orbax, pt, hf, back = (folder / name for name in ("2b", "2b.pt", "hf", "back"))
     with recorded("conversion_2b", COLUMNS) as record:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, BinaryIO, NamedTuple, Protocol
 
+import numpy as np
 import torch
 from checks import ConversionError
 from mapping import SAME, Row
@@ -126,6 +127,16 @@ def _remove(path: Path) -> None:
 
 def _bytes_of(tensor: Tensor) -> memoryview:
     return memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy())
+
+
+def to_numpy(tensor: Tensor) -> np.ndarray:
+    """The same numbers for NumPy, which knows bfloat16 by way of a package of JAX alone."""
+    import ml_dtypes
+
+    tensor = tensor.contiguous()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()
 
 
 # --- safetensors ------------------------------------------------------------------------------------------------------
@@ -295,17 +306,10 @@ class OrbaxFolder:
 
     def write(self, name: str, piece: Tensor) -> None:
         """Writes the next piece."""
-        import ml_dtypes
-
         start, ended = self._progress.take(name, piece)
         if start == 0:
             self._array = self._create(name)
-        piece = piece.contiguous()
-        if piece.dtype == torch.bfloat16:
-            numbers = piece.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-        else:
-            numbers = piece.numpy()
-        self._array[start : start + len(piece)].write(numbers).result()
+        self._array[start : start + len(piece)].write(to_numpy(piece)).result()
         if ended:
             self._array = None
 

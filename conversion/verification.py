@@ -10,7 +10,7 @@ from checks import ConversionError
 from mapping import Dialect, Row
 from sources import HfSource, OfficialSource, Source
 from targets import Plan, pieces
-from torch import Tensor
+from torch import Tensor, nn
 
 from recurrent_gemma_hf import RecurrentGemmaConfig, RecurrentGemmaForCausalLM
 
@@ -18,8 +18,9 @@ TOKENS_BT = (2, 24)
 # Of the largest logit. Small models that are converted correctly differ by 2e-5 at most (tests/test_conversion.py) and
 # rounding grows with depth; the exchange of any two arrays moves logits by the order of their own size.
 TOLERANCE = 1e-3
-# Each of the two models in float32, one after the other, and what comes on top (benchmarks/results/conversion_2b.jsonl)
-BYTES_PER_PARAMETER = 4.6
+# Memory, by the dialect. The JAX model is there in float32 as a whole, and XLA copies nearly half of it: measured 5.8
+# (benchmarks/LOG.md). In PyTorch one block at a time is, beside the model as it is stored: 4 at most.
+BYTES_PER_PARAMETER: dict[Dialect, float] = {"jax": 6.0, "torch": 4.0}
 
 
 def verify_bits(official: OfficialSource, ours: Source, rows: list[Row], plan: Plan, dtype: torch.dtype | None) -> None:
@@ -50,11 +51,11 @@ def check_can_verify(dialect: Dialect, parameters: int) -> None:
             f"--verify compares logits with the official code, which cannot be imported ({error}): "
             "pip install 'recurrentgemma[full]', or leave --verify out"
         ) from error
-    needed, free = BYTES_PER_PARAMETER * parameters, psutil.virtual_memory().available
+    needed, free = BYTES_PER_PARAMETER[dialect] * parameters, psutil.virtual_memory().available
     if free < needed:
         raise ConversionError(
-            f"--verify holds a model of {parameters / 1e9:.2f} billion parameters in float32, which takes "
-            f"{needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free: close other programs, run it on a "
+            f"--verify runs the official model of {parameters / 1e9:.2f} billion parameters in float32, which takes up "
+            f"to {needed / 1e9:.1f} GB of memory, and {free / 1e9:.1f} GB are free: close other programs, run it on a "
             "larger machine, or leave --verify out"
         )
 
@@ -81,16 +82,37 @@ def verify_logits(
 
 @torch.no_grad()
 def _our_logits(folder: Path, tokens_BT: Tensor, dtype: torch.dtype | None) -> Tensor:
-    # As they are stored, then cast one by one: asked for float32, from_pretrained keeps both until all are cast.
     stored = max(HfSource(folder).dtypes.values(), key=lambda dtype: dtype.itemsize)
     model = RecurrentGemmaForCausalLM.from_pretrained(folder, dtype=stored).eval()
     for parameter in model.parameters():
-        parameter.data = _float32(parameter.data, dtype)
+        parameter.data = _rounded(parameter.data, dtype)
+    _compute_in_float32(model, model.model.layers)
     return model(tokens_BT, use_cache=False).logits
 
 
-def _float32(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    return (tensor if dtype is None else tensor.to(dtype)).float()
+def _rounded(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return tensor if dtype is None else tensor.to(dtype)
+
+
+def _compute_in_float32(model: nn.Module, blocks: nn.ModuleList) -> None:
+    """Casts parameters to float32: those of a block only while it runs, so that a model is never there as a whole."""
+
+    def cast(block: nn.Module, inputs: object) -> None:
+        for parameter in block.parameters():
+            stored[parameter], parameter.data = parameter.data, parameter.data.float()
+
+    def restore(block: nn.Module, inputs: object, outputs: object) -> None:
+        for parameter in block.parameters():
+            parameter.data = stored.pop(parameter)
+
+    stored: dict[nn.Parameter, Tensor] = {}
+    for block in blocks:
+        block.register_forward_pre_hook(cast)
+        block.register_forward_hook(restore)
+    in_blocks = set(blocks.parameters())
+    for parameter in model.parameters():
+        if parameter not in in_blocks:
+            parameter.data = parameter.data.float()
 
 
 def _official_config(config: RecurrentGemmaConfig):
@@ -123,8 +145,9 @@ def _torch_logits(
 
     with torch.device("meta"):
         model = official_code.Griffin(_official_config(config), gradient_checkpointing=False, dtype=torch.float32)
-    weights = {name: _float32(official.read(name), dtype) for name in official.shapes}
+    weights = {name: _rounded(official.read(name), dtype) for name in official.shapes}
     model.load_state_dict(weights, strict=True, assign=True)
+    _compute_in_float32(model, model.blocks)
     return model.eval()(tokens_BT, _positions(tokens_BT))[0]
 
 
@@ -141,7 +164,7 @@ def _jax_logits(
         node = tree
         for key in keys:
             node = node.setdefault(key.replace("/", "."), {})
-        node[leaf] = jax.numpy.asarray(_float32(official.read(name), dtype).numpy())
+        node[leaf] = jax.numpy.asarray(_rounded(official.read(name), dtype).float().numpy())
     model = official_code.Griffin(_official_config(config), gradient_checkpointing=False)
     tokens, positions = (jax.numpy.asarray(ids.numpy().astype(np.int32)) for ids in (tokens_BT, _positions(tokens_BT)))
     with jax.default_device(jax.devices("cpu")[0]), jax.default_matmul_precision("float32"):

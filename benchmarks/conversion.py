@@ -76,7 +76,7 @@ def status(key):
 anonymous = [0]
 def watch():
     while True:
-        anonymous.append(max(anonymous.pop(), status("RssAnon")))
+        anonymous[0] = max(anonymous[0], status("RssAnon"))
         time.sleep(0.02)
 threading.Thread(target=watch, daemon=True).start()
 sys.path.insert(0, sys.argv[1])

@@ -510,6 +510,10 @@ class RecurrentGemmaPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.register_load_state_dict_post_hook(_refuse_foreign_adapter)
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """The official initialisation. One module, one rule: Transformers visits a module of another package only if
@@ -567,6 +571,16 @@ class RecurrentGemmaPreTrainedModel(PreTrainedModel):
         )
         self.float()
         self.config.dtype = torch.float32
+
+
+def _refuse_foreign_adapter(model: nn.Module, keys: Any) -> None:
+    """PEFT loads what fits of an adapter and drops the rest in silence; a deeper model's would lose its upper half."""
+    names = sorted(name for name in keys.unexpected_keys if name.startswith("base_model.model.") and ".lora_" in name)
+    if names:
+        raise ValueError(
+            f"the adapter has weights for {len(names)} places that this model does not have: {', '.join(names[:3])}, "
+            "...; it was trained on some other base model (see base_model_name_or_path in its adapter_config.json)"
+        )
 
 
 def _is_cpu_without_bfloat16(device: torch.device | str) -> bool:

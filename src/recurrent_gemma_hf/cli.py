@@ -1,4 +1,5 @@
-"""The `recurrent-gemma` command: `generate` writes text, `chat` talks, `info` describes a model without loading it.
+"""The `recurrent-gemma` command: `generate` writes text, `chat` talks, `info` describes a model without loading it,
+`memory` says what training it takes.
 
 Whatever the user got wrong ends in one line on stderr, with the remedy, and exit code 2. What is slow to import
 (torch, Transformers) is imported where it is used.
@@ -478,6 +479,71 @@ def _readable(size: int) -> str:
         if size >= factor:
             return f"{size / factor:.1f} {unit}"
     return f"{size} bytes"
+
+
+# --- memory ---
+
+
+@app.command()
+def memory(
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", help="A checkpoint folder, a Hub id or a preset such as recurrentgemma-2b."),
+    ] = None,
+    strategy: Annotated[
+        str | None, typer.Option(help="full-fp32, full-amp, full-bf16, lora or qlora; all of them by default.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Length of a row.")] = 8192,
+    batch_size: Annotated[int, typer.Option(help="Rows on each device.")] = 1,
+    devices: Annotated[int, typer.Option(help="Sharded over so many (FSDP).")] = 1,
+    rank: Annotated[int, typer.Option(help="Of the adapters.")] = 16,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per line instead of a table.")] = False,
+) -> None:
+    """State what one training step with AdamW takes on each device, without and with activation checkpointing."""
+    from dataclasses import asdict
+
+    from . import PRESETS, RecurrentGemmaConfig
+    from .memory import STRATEGIES, training_memory
+
+    config = RecurrentGemmaConfig.from_preset(model) if model in PRESETS else _read_config(_locate(model))
+    rows = []
+    for name in [strategy] if strategy is not None else STRATEGIES:
+        for checkpointing in (False, True):
+            try:
+                result = training_memory(
+                    config, name, tokens=tokens, batch_size=batch_size, checkpointing=checkpointing, devices=devices,
+                    rank=rank,
+                )  # fmt: skip
+            except ValueError as error:
+                _fail(str(error))
+            except ModuleNotFoundError as error:
+                _fail(f"{error}: the adapters of {name} are peft's; pip install peft")
+            rows.append({"strategy": name, "checkpointing": checkpointing, **asdict(result)})
+    if as_json:
+        typer.echo("\n".join(json.dumps(row) for row in rows))
+    else:
+        _print_memory(model or "the bundled demo", rows, f"{batch_size} x {tokens:,} tokens, {devices} device(s)")
+
+
+def _print_memory(name: str, rows: list[dict[str, Any]], size: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from .memory import STRATEGIES
+
+    columns = ("weights", "gradients", "optimizer", "activations", "loss", "gathered", "peak")
+    table = Table("strategy", "checkpointing", title=f"{name}: {size}", title_justify="left")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for row in rows:
+        checkpointing = "yes" if row["checkpointing"] else "no"
+        table.add_row(row["strategy"], checkpointing, *(_readable(row[column]) for column in columns))
+    used = dict.fromkeys(row["strategy"] for row in rows)
+    table.caption = "Not all of it exists at a time: the peak is less than the sum. " + "; ".join(
+        f"{strategy}: {STRATEGIES[strategy].explanation}" for strategy in used
+    )
+    table.caption_justify = "left"
+    Console().print(table)
 
 
 # --- what the commands share ---

@@ -61,7 +61,8 @@ def linear_cross_entropy(
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"label_smoothing={label_smoothing!r} must be from 0 to 1")
     device = x_NE.device.type
-    if torch.is_autocast_enabled(device) and x_NE.dtype != torch.float64:
+    can_autocast = torch.amp.is_autocast_available(device)  # the meta device cannot
+    if can_autocast and torch.is_autocast_enabled(device) and x_NE.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
         x_NE, weight_VE = x_NE.to(dtype), weight_VE.to(dtype)
     want_gradient = torch.is_grad_enabled() and x_NE.requires_grad

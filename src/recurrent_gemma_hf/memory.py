@@ -1,0 +1,210 @@
+"""What training takes: weights, gradients, optimizer and activations, computed before anything is allocated.
+
+Activations are not a formula that could grow stale: the model itself, with its adapters, runs forward on the meta
+device, and what autograd would keep is added up. What is added by hand is stated beside it. benchmarks/memory.py
+compares the result with the allocator.
+
+Shapes: B batch, T tokens, E hidden_size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from .configuration_recurrent_gemma import RecurrentGemmaConfig
+from .modeling_recurrent_gemma import RecurrentGemmaForCausalLM
+from .peft_defaults import LINEAR_LAYERS
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """How the weights are held and which are trained, with AdamW."""
+
+    explanation: str
+    bytes_per_weight: float  # of everything that is not quantized
+    compute_dtype: torch.dtype  # of activations
+    has_adapter: bool = False
+    bytes_per_quantized_weight: float | None = None  # of the linear layers
+
+
+STRATEGIES = {
+    "full-fp32": Strategy("everything in float32", 4, torch.float32),
+    "full-amp": Strategy("float32 weights, bfloat16 autocast: Trainer(bf16=True)", 4, torch.bfloat16),
+    "full-bf16": Strategy("weights, gradients and optimizer in bfloat16", 2, torch.bfloat16),
+    "lora": Strategy("bfloat16 weights, float32 adapters on all linear layers", 2, torch.bfloat16, has_adapter=True),
+    # 4 bits, and per 64 weights one byte of scale (itself quantized: double quantization).
+    "qlora": Strategy("the same over 4-bit linear layers", 2, torch.bfloat16, True, 0.5 + 1 / 64 + 4 / (64 * 256)),
+}
+
+
+@dataclass(frozen=True)
+class TrainingMemory:
+    """Bytes on each device."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int  # kept from the forward pass for the backward pass
+    loss: int  # blocks of logits and the gradient of the head, while the loss is computed
+    gathered: int  # weights that FSDP holds whole for a moment
+    peak: int  # of one step: not all of the above exist at a time
+
+
+def training_memory(
+    config: RecurrentGemmaConfig,
+    strategy: str,
+    *,
+    tokens: int = 8192,
+    batch_size: int = 1,
+    checkpointing: bool = False,
+    devices: int = 1,
+    rank: int = 16,
+) -> TrainingMemory:
+    """The memory of one training step with AdamW, from the second step on.
+
+    Args:
+        config: of the model; nothing is allocated.
+        strategy: a key of `STRATEGIES`.
+        tokens: T, of one row.
+        batch_size: B, rows on each device.
+        checkpointing: activations of a layer are computed again in the backward pass.
+        devices: FSDP over so many: each holds its share of weights, gradients and optimizer.
+        rank: of the adapters.
+
+    Raises:
+        ValueError: for an unknown strategy, and numbers below 1.
+        ModuleNotFoundError: where an adapter needs peft, and it is not installed.
+    """
+    if strategy not in STRATEGIES:
+        raise ValueError(f"strategy={strategy!r} is unknown; there are {', '.join(STRATEGIES)}")
+    for name, value in (("tokens", tokens), ("batch_size", batch_size), ("devices", devices), ("rank", rank)):
+        if value < 1:
+            raise ValueError(f"{name}={value!r} must be at least 1")
+    how = STRATEGIES[strategy]
+    model = _on_meta(config, how, rank)
+    trained, frozen, quantized = _count(model, how)
+    bytes_per_trained = 4 if how.has_adapter else how.bytes_per_weight
+    weights = (frozen - quantized) * how.bytes_per_weight + trained * bytes_per_trained
+    weights += quantized * (how.bytes_per_quantized_weight or 0)
+    gradients, optimizer = trained * bytes_per_trained, 2 * trained * bytes_per_trained
+    per_layer, rest = _activations(model, batch_size, tokens)
+    activations, recomputed = sum(per_layer) + rest, 0
+    if checkpointing:  # each layer's input stays, and one layer at a time is computed again
+        row = batch_size * tokens * config.hidden_size * how.compute_dtype.itemsize
+        activations, recomputed = len(per_layer) * row + rest, max(per_layer)
+    if how is STRATEGIES["full-amp"]:  # autocast's bfloat16 copies of the matrices are kept for the backward pass
+        activations += sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear)) * 2
+    loss = _loss(model, how, batch_size * tokens)
+    gathered = _gathered(model, how) if devices > 1 else 0
+    # Head and embedding share their weight, and autograd adds their two gradients at the very end.
+    twice = config.vocab_size * config.hidden_size * bytes_per_trained if not how.has_adapter else 0
+    at_the_loss = activations + max(loss, recomputed)
+    at_the_end = gradients / devices + twice
+    peak = (weights + optimizer) / devices + gathered + max(at_the_loss, at_the_end)
+    shares = (weights / devices, gradients / devices, optimizer / devices, activations, loss, gathered, peak)
+    return TrainingMemory(*(round(share) for share in shares))
+
+
+def _on_meta(config: RecurrentGemmaConfig, how: Strategy, rank: int) -> RecurrentGemmaForCausalLM | PeftModel:
+    with torch.device("meta"):
+        model = RecurrentGemmaForCausalLM(config).to(how.compute_dtype)
+        model.tie_weights()
+        if not how.has_adapter:
+            return model
+        from peft import LoraConfig, get_peft_model
+
+        # In the activations' dtype, as autocast has them; what their float32 weights take is counted by number.
+        lora = LoraConfig(r=rank, target_modules=list(LINEAR_LAYERS))
+        with warnings.catch_warnings():  # peft asks Transformers 5.23 for something under its old name
+            warnings.simplefilter("ignore", FutureWarning)
+            return get_peft_model(model, lora).to(how.compute_dtype)
+
+
+def _count(model: nn.Module, how: Strategy) -> tuple[int, int, int]:
+    """Numbers of trained, frozen and, among these, quantized weights."""
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    if how.bytes_per_quantized_weight is None:
+        return trained, frozen, 0
+    quantized = sum(p.numel() for name, p in model.named_parameters() if name.endswith(".base_layer.weight"))
+    return trained, frozen, quantized
+
+
+class _FusedAttention(TorchFunctionMode):
+    """On the meta device attention would be traced as products of T x T; everywhere else a fused kernel runs."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function is not F.scaled_dot_product_attention:
+            return function(*args, **kwargs)
+        mask, is_causal = kwargs.get("attn_mask"), kwargs.get("is_causal", False)
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*args[:3], 0.0, is_causal, attn_mask=mask)[0]
+
+
+@contextmanager
+def _kept_for_backward(model: nn.Module) -> Iterator[dict[Any, int]]:
+    """Collects the storages that autograd keeps, without those of the weights, which are there anyway."""
+    kept: dict[Any, int] = {}
+    alive: list[Tensor] = []  # a freed storage's address would be given to another
+    weights = {p.untyped_storage()._cdata for p in model.parameters()}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            kept[storage._cdata] = storage.nbytes()
+            alive.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield kept
+
+
+def _activations(model: nn.Module, batch_size: int, tokens: int) -> tuple[list[int], int]:
+    """Bytes kept for the backward pass by each layer, and by everything else."""
+    layers = next(module for name, module in model.named_modules() if name.endswith("model.layers"))
+    per_layer: list[int] = []
+    ids = torch.zeros(batch_size, tokens, dtype=torch.long, device="meta")
+    model.train()
+    with _kept_for_backward(model) as kept, _FusedAttention():
+        before: list[int] = []
+        for layer in layers:
+            layer.register_forward_pre_hook(lambda *_: before.append(sum(kept.values())))
+            layer.register_forward_hook(lambda *_: per_layer.append(sum(kept.values()) - before[-1]))
+        model(input_ids=ids, labels=ids)
+    return per_layer, sum(kept.values()) - sum(per_layer)
+
+
+def _loss(model: Any, how: Strategy, tokens: int) -> int:
+    """Blocks of logits at a time (linear_cross_entropy.py): two in float32, one more in a narrower dtype; and the
+    gradient of the head where it is trained."""
+    from .linear_cross_entropy import _BLOCK_ELEMENTS
+
+    head = model.get_output_embeddings()
+    V, E = head.weight.shape
+    elements = min(tokens, max(1, _BLOCK_ELEMENTS // V)) * V
+    narrow = how.compute_dtype.itemsize if how.compute_dtype != torch.float32 else 0
+    gradient = V * E * how.compute_dtype.itemsize if head.weight.requires_grad else 0
+    return elements * (8 + narrow) + gradient
+
+
+def _gathered(model: nn.Module, how: Strategy) -> int:
+    """FSDP's root (embedding and head) stays whole during a step, and two layers at a time: the next is prefetched."""
+    layers = next(module for name, module in model.named_modules() if name.endswith("model.layers"))
+    sizes = [sum(p.numel() for p in layer.parameters()) for layer in layers]
+    root = sum(p.numel() for p in model.parameters()) - sum(sizes)
+    return (root + sum(sorted(sizes)[-2:])) * how.compute_dtype.itemsize
+
+
+__all__ = ["STRATEGIES", "Strategy", "TrainingMemory", "training_memory"]

@@ -87,14 +87,15 @@ def compare(options: argparse.Namespace) -> None:
             write(row)
 
 
-def one_step(kind: str, tokens: int, hidden_size: int) -> dict[str, float]:
+def one_step(kind: str, tokens: int, hidden_size: int, dtype: str) -> dict[str, float]:
     """Peak of one forward and backward at a vocabulary of 256,000, in this process."""
     torch.manual_seed(0)
-    model = RecurrentGemmaForCausalLM(our_config(hidden_size, 3, hidden_size // 64, 2048, 256_000)).train()
+    model = RecurrentGemmaForCausalLM(our_config(hidden_size, 3, hidden_size // 64, 2048, 256_000))
+    model.to(getattr(torch, dtype)).train()
     if kind == "plain":
         model.loss_function = lambda **kwargs: ForCausalLMLoss(**kwargs)
     ids = torch.randint(3, 256_000, (1, tokens))
-    weights = sum(p.numel() * 4 for p in model.parameters())
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
     losses = []
 
     def step() -> None:
@@ -107,7 +108,7 @@ def one_step(kind: str, tokens: int, hidden_size: int) -> dict[str, float]:
         resident = next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
     norm = sum(p.grad.double().square().sum() for p in model.parameters()).sqrt().item()
     return {"loss": losses[0], "gradient_norm": norm, "weights": weights, "allocated": weights + peak} | {
-        "resident": resident, "kind": kind, "tokens": tokens, "hidden_size": hidden_size
+        "resident": resident, "kind": kind, "tokens": tokens, "hidden_size": hidden_size, "dtype": dtype
     }  # fmt: skip
 
 
@@ -117,16 +118,17 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--vocab-size", type=int, default=32_000)
     parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of --loss")
     parser.add_argument("--loss", action="store_true", help="compare the two ways to the loss instead")
     parser.add_argument("--one-step", choices=["plain", "ours"], help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one_step:
-        print(json.dumps(one_step(options.one_step, options.tokens, options.hidden_size)))
+        print(json.dumps(one_step(options.one_step, options.tokens, options.hidden_size, options.dtype)))
     elif options.loss:
         rows = []
         for kind in ("ours", "plain"):  # each in a process of its own: resident memory never shrinks
             command = [sys.executable, __file__, "--one-step", kind, "--tokens", str(options.tokens)]
-            command += ["--hidden-size", str(options.hidden_size)]
+            command += ["--hidden-size", str(options.hidden_size), "--dtype", options.dtype]
             done = subprocess.run(command, capture_output=True, text=True, env=os.environ)
             if done.returncode:
                 raise SystemExit(f"the {kind} step ended with {done.returncode}: {done.stderr[-500:]}")

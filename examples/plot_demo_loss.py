@@ -1,6 +1,6 @@
-"""Draw the loss curves of the demo checkpoint and of the transformer beside it from the logs of train_demo.py.
+"""Draw the loss curves of the demo checkpoint and of what was trained beside it from the logs of train_demo.py.
 
-python examples/plot_demo_loss.py griffin.jsonl transformer.jsonl --output demo_loss.png
+python examples/plot_demo_loss.py griffin.jsonl hawk.jsonl transformer.jsonl --output demo_loss.png
 """
 
 import argparse
@@ -12,7 +12,7 @@ import matplotlib
 matplotlib.use("Agg")  # no display needed
 import matplotlib.pyplot as plt
 
-COLOURS = {"griffin": "#c44e1f", "transformer": "#2f6690"}
+COLOURS = {"griffin": "#c44e1f", "hawk": "#3f7d4e", "transformer": "#2f6690"}
 
 
 def read_log(path: Path) -> tuple[dict, list[dict], dict]:

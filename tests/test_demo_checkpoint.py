@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, pipeli
 from recurrent_gemma_hf import RecurrentGemmaForCausalLM, demo_checkpoint
 
 ROOT = Path(__file__).parents[1]
-LOGS = {name: ROOT / f"benchmarks/results/demo_training_{name}.jsonl" for name in ("griffin", "transformer")}
+LOGS = {name: ROOT / f"benchmarks/results/demo_training_{name}.jsonl" for name in ("griffin", "hawk", "transformer")}
 
 # From the validation part of the text (The Taming of the Shrew, act IV, scene 5), which was not trained on.
 EXCERPT = """PETRUCHIO:

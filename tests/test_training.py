@@ -269,7 +269,7 @@ def test_an_adapter_of_another_model_is_refused(tmp_path):
     from peft import LoraConfig, PeftModel, get_peft_model
 
     def adapter_of(model: nn.Module, name: str) -> str:
-        get_peft_model(model, LoraConfig(r=2, target_modules="all-linear")).save_pretrained(tmp_path / name)
+        get_peft_model(model, LoraConfig(r=2)).save_pretrained(tmp_path / name)
         return str(tmp_path / name)
 
     gemma = GemmaConfig(
@@ -290,5 +290,5 @@ def test_an_adapter_of_another_model_is_refused(tmp_path):
         PeftModel.from_pretrained(build(tiny_config(), seed=3), deep)
     with pytest.warns(UserWarning, match=r"missing adapter keys .*layers\.2\."):
         PeftModel.from_pretrained(build(tiny_config(), seed=3), shallow)
-    with pytest.raises((ValueError, RuntimeError)):
+    with pytest.raises((ValueError, RuntimeError), match="size mismatch|does not have"):
         PeftModel.from_pretrained(build(tiny_config(), seed=3), foreign)

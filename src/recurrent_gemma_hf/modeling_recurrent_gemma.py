@@ -42,6 +42,7 @@ from .cache_recurrent_gemma import RecurrentGemmaCache
 from .configuration_recurrent_gemma import RecurrentGemmaConfig
 from .linear_cross_entropy import IGNORE_INDEX, check_labels, chunked_cross_entropy, linear_cross_entropy
 from .linear_recurrence import linear_recurrence
+from .tensor_parallel import check_tensor_parallel
 
 logger = logging.get_logger(__name__)
 
@@ -357,7 +358,8 @@ class RecurrentGemmaRglru(nn.Module):
         self.recurrent_gate_bias = nn.Parameter(torch.empty(self.num_heads, block))
 
     def _gate(self, x_BTD: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        blocks = x_BTD.reshape(-1, self.num_heads, weight.shape[1]).transpose(0, 1)
+        # As many heads as the weight has: under tensor parallelism they are this rank's.
+        blocks = x_BTD.reshape(-1, *weight.shape[:2]).transpose(0, 1)
         out_HNd = torch.baddbmm(bias[:, None].to(x_BTD.dtype), blocks, weight.to(x_BTD.dtype))
         return out_HNd.transpose(0, 1).reshape(x_BTD.shape)
 
@@ -554,6 +556,13 @@ class RecurrentGemmaPreTrainedModel(PreTrainedModel):
         if no_dtype_asked_for:
             model._leave_slow_bfloat16()
         return (model, info) if want_info else model
+
+    @classmethod
+    def maybe_distribute_model(cls, model: Any, distributed_config: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in Transformers, but what cannot be split over the ranks is refused by name before anything is."""
+        if distributed_config is not None and (distributed_config.tp_size or 1) > 1:
+            check_tensor_parallel(model.config, distributed_config.tp_size)
+        return super().maybe_distribute_model(model, distributed_config, *args, **kwargs)
 
     def _leave_slow_bfloat16(self) -> None:
         """Converts to float32, once loaded, where bfloat16 would be emulated; leaves what is offloaded or quantized."""
@@ -1051,6 +1060,7 @@ class RecurrentGemmaForCausalLM(RecurrentGemmaPreTrainedModel, GenerationMixin):
     """The language model: next-token logits, soft-capped as c tanh(logits / c)."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
 
     def __init__(self, config: RecurrentGemmaConfig) -> None:
         super().__init__(config)

@@ -1,7 +1,8 @@
 """The checks of test_distributed.py, run by torchrun in several processes: `distributed_worker.py FOLDER`.
 
 Every check runs on every rank, in order, and compares with the same model on one process. Rank 0 writes FOLDER/passed,
-one name per line; the first failure ends the run and every rank that sees one writes FOLDER/failed.RANK. Tolerances: losses 1e-6, gradients 1e-5 of their norm, in float32.
+one name per line; the first failure ends the run, and every rank that sees one writes FOLDER/failed.RANK. Tolerances:
+losses 1e-6, gradients 1e-5 of their norm, in float32.
 """
 
 from __future__ import annotations
@@ -346,7 +347,8 @@ def context_parallel_refuses_bad_input(folder: Path) -> None:
             model(**{**shard_sequence(batch, group), **arguments})
 
     refuses("15 tokens cannot be split evenly over 2 ranks; pad them on the right to 16", {"input_ids": ids[:, 1:]})
-    refuses(r"attention_mask of shape \(2, 1, 16, 16\) must be", {"input_ids": ids, "attention_mask": torch.ones(2, 1, 16, 16)})  # fmt: skip
+    custom = torch.ones(2, 1, 16, 16)
+    refuses(r"attention_mask of shape \(2, 1, 16, 16\) must be", {"input_ids": ids, "attention_mask": custom})
     left = torch.ones_like(ids)
     left[0, :3] = 0
     refuses("padding before tokens", {"input_ids": ids, "attention_mask": left})

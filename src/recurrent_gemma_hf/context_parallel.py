@@ -104,8 +104,8 @@ def _check_mask(mask: torch.Tensor | None, shape: tuple[int, int]) -> None:
         return
     if mask.ndim != 2 or mask.shape != shape:
         raise ValueError(
-            f"attention_mask of shape {tuple(mask.shape)} must be {shape}: a sequence over several ranks takes no other "
-            "masks; documents are told apart by position_ids"
+            f"attention_mask of shape {tuple(mask.shape)} must be {shape}: a sequence over several ranks takes no "
+            "other masks; documents are told apart by position_ids"
         )
     if (mask[:, 1:].bool() & ~mask[:, :-1].bool()).any():
         raise ValueError(

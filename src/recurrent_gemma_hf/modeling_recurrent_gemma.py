@@ -643,7 +643,7 @@ class RecurrentGemmaModel(RecurrentGemmaPreTrainedModel):
             past_key_values: a cache; made here if `use_cache` asks for one.
             inputs_embeds: (B, T, E) rows of the embedding, instead of ids (the model scales them as it does its own).
             use_cache: config.use_cache by default, and never by default while training.
-            sequence_shard: which chunk of a longer sequence these tokens are; made by `context_parallel.shard_sequence`.
+            sequence_shard: which chunk of a longer sequence this is; made by `context_parallel.shard_sequence`.
 
         Returns:
             last_hidden_state (B, T, E), the cache, and on request all hidden states and attention probabilities.

@@ -220,17 +220,18 @@ def check_context_parallel(
     model = copy_of(reference)
     if checkpointing is not None:
         model.gradient_checkpointing_enable(checkpointing)
-    expected = reference(**batch)
+    expected = reference(**batch, output_hidden_states=True)
     expected.loss.backward()
-    outputs = model(**shard_sequence(batch, dist.group.WORLD))
+    outputs = model(**shard_sequence(batch, dist.group.WORLD), output_hidden_states=True)
     outputs.loss.backward()
     assert_same_loss(outputs.loss, expected.loss)
-    T, ranks, rank = batch["labels"].shape[1], dist.get_world_size(), dist.get_rank()
-    own = expected.logits.chunk(ranks, dim=1)[rank]
-    tokens = batch.get("attention_mask", torch.ones_like(batch["labels"])).bool()[:, T // ranks * rank :][
-        :, : T // ranks
-    ]
-    torch.testing.assert_close(outputs.logits[tokens], own[tokens], rtol=1e-4, atol=1e-5)
+    # Padding sees what it likes.
+    tokens = batch.get("attention_mask", torch.ones_like(batch["labels"])).bool()
+    ours, theirs, tokens = (
+        outputs.hidden_states[-1],
+        *(x.chunk(dist.get_world_size(), dim=1)[dist.get_rank()] for x in (expected.hidden_states[-1], tokens)),
+    )
+    torch.testing.assert_close(ours[tokens], theirs[tokens], rtol=1e-4, atol=1e-5)
     assert_same_gradients(model, reference, average=dist.group.WORLD)
 
 
@@ -282,6 +283,15 @@ def context_parallel_with_padding_on_the_right(folder: Path) -> None:
     batch = language_batch(2, 64, attention_mask=mask)
     batch["labels"][mask == 0] = -100
     check_context_parallel(batch)
+
+
+@check(2)
+def context_parallel_of_documents_by_their_lengths(folder: Path) -> None:
+    """What DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_position_ids=False) says."""
+    lengths = torch.tensor([0, 9, 32, 50, 64], dtype=torch.int32)
+    more = {"cu_seq_lens_q": lengths, "cu_seq_lens_k": lengths, "max_length_q": 23, "max_length_k": 23}
+    check_context_parallel(language_batch(1, 64, **more))
+    check_context_parallel(language_batch(1, 64, seq_idx=(torch.arange(64) // 17)[None]))
 
 
 @check(2)
@@ -354,6 +364,9 @@ def context_parallel_refuses_bad_input(folder: Path) -> None:
     refuses("padding before tokens", {"input_ids": ids, "attention_mask": left})
     refuses("cannot split token_type_ids", {"input_ids": ids, "token_type_ids": ids})
     refuses("needs input_ids", {"labels": ids})
+    backwards = torch.arange(16)[None].repeat(2, 1)
+    backwards[:, 8:] -= 3  # within the first chunk and within the second, nothing is wrong
+    refuses("position_ids of row 0 from column 7 on", {"input_ids": ids, "position_ids": backwards})
     refuses(r"labels of shape \(2,\) must be one per token", {"input_ids": ids, "labels": ids[:, 0]})
     refuses(r"ranks \[1\] of the group were given another batch", {"input_ids": ids + dist.get_rank()})
     refuses("a chunk of 2 tokens is shorter than the 3", {"input_ids": ids[:, :4]})

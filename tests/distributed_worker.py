@@ -411,6 +411,92 @@ def context_parallel_times_fsdp(folder: Path) -> None:
     check_with_data_parallel(wrap)
 
 
+# --- accelerate's FSDP2: last, because its settings outlive it ------------------------------------------------------
+
+
+def accelerate_fsdp() -> Any:
+    """accelerate's FSDP2. It turns FSDP on for accelerators alone: here it is told that this CPU is one."""
+    from accelerate import Accelerator, FullyShardedDataParallelPlugin
+    from accelerate.state import AcceleratorState, PartialState
+    from accelerate.utils import DistributedType
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    PartialState(cpu=True)
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", state_dict_type="FULL_STATE_DICT"
+    )
+    return Accelerator(cpu=True, fsdp_plugin=plugin)
+
+
+@check(2)
+def fsdp_by_accelerate(folder: Path) -> None:
+    """Three steps equal those of one process; the full state dict is saved and read back, and goes on training."""
+    accelerator, rank = accelerate_fsdp(), dist.get_rank()
+    reference = make_model(make_config())
+    reference_optimizer = torch.optim.SGD(reference.parameters(), lr=0.1)
+    model = copy_of(reference)
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    assert accelerator.is_fsdp2
+    assert all(type(layer).__name__ == "FSDPRecurrentGemmaDecoderLayer" for layer in model.model.layers)
+    for step in range(3):
+        ids = random_ids(2, 20 + step)
+        reference(ids, labels=ids).loss.backward()
+        accelerator.backward(model(ids[rank : rank + 1], labels=ids[rank : rank + 1]).loss)
+        assert_same_gradients(model, reference)
+        for trained in (optimizer, reference_optimizer):
+            trained.step()
+            trained.zero_grad()
+    state = accelerator.get_state_dict(model)  # on rank 0
+    if rank == 0:
+        for name, tensor in reference.state_dict().items():
+            torch.testing.assert_close(state[name], tensor, rtol=1e-5, atol=1e-6, msg=name)
+    accelerator.unwrap_model(model).save_pretrained(
+        folder / "saved", state_dict=state, is_main_process=accelerator.is_main_process
+    )
+    dist.barrier()
+    if rank == 0:
+        loaded = RecurrentGemmaForCausalLM.from_pretrained(folder / "saved", dtype=torch.float32).state_dict()
+        assert all(torch.equal(loaded[name], tensor) for name, tensor in state.items())
+
+
+@check(2)
+def fsdp_by_trainer(folder: Path) -> None:
+    """The Trainer's own losses under FSDP2, and what it saves, equal a loop of one process over the same data."""
+    from accelerate.state import AcceleratorState, PartialState
+    from accelerate.utils import DistributedType
+    from transformers import Trainer, TrainingArguments
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    ids = random_ids(4, 20)
+    rows = [{"input_ids": row, "labels": row} for row in ids]  # every step sees all of them, in whatever order
+    arguments = TrainingArguments(
+        output_dir=str(folder / "run"), use_cpu=True, report_to=[], disable_tqdm=True, max_steps=3, logging_steps=1,
+        per_device_train_batch_size=2, optim="sgd", learning_rate=0.1, lr_scheduler_type="constant", max_grad_norm=0.0,
+        save_strategy="no", fsdp="full_shard auto_wrap", fsdp_config={"fsdp_version": 2},
+    )  # fmt: skip
+    _ = arguments.device  # sets torch.distributed up
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    reference = make_model(make_config())
+    optimizer, losses = torch.optim.SGD(reference.parameters(), lr=0.1), []
+    trainer = Trainer(model=copy_of(reference), args=arguments, train_dataset=rows)
+    trainer.train()
+    assert type(trainer.model).__name__ == "FSDPRecurrentGemmaForCausalLM"
+    for _ in range(3):
+        loss = reference(ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert logged == pytest.approx(losses, rel=1e-5)
+    trainer.save_model(str(folder / "saved"))
+    dist.barrier()
+    loaded = RecurrentGemmaForCausalLM.from_pretrained(folder / "saved", dtype=torch.float32).state_dict()
+    for name, tensor in reference.state_dict().items():
+        torch.testing.assert_close(loaded[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
+
+
 # --- Run ----------------------------------------------------------------------------------------------------------
 
 
@@ -418,7 +504,10 @@ def main() -> None:
     folder = Path(sys.argv[1])
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=timedelta(seconds=240))
+    wanted = sys.argv[2:]  # for a look at single checks
     for function in CHECKS[dist.get_world_size()]:
+        if wanted and function.__name__ not in wanted:
+            continue
         own = folder / function.__name__
         own.mkdir(exist_ok=True)
         try:

@@ -497,6 +497,42 @@ def fsdp_by_trainer(folder: Path) -> None:
         torch.testing.assert_close(loaded[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
 
 
+# --- DeepSpeed ----------------------------------------------------------------------------------------------------
+
+
+def deepspeed_zero(folder: Path) -> None:
+    """Three steps of ZeRO 2 and 3 equal those of one process; no check of CHECKS, see test_distributed.py."""
+    import deepspeed
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    rank, ids = dist.get_rank(), random_ids(2, 20)
+    deepspeed.init_distributed("gloo")
+    for stage in (2, 3):
+        reference = make_model(make_config())
+        optimizer = torch.optim.SGD(reference.parameters(), lr=0.1)
+        model = copy_of(reference)
+        settings = {
+            "train_micro_batch_size_per_gpu": 1, "zero_allow_untested_optimizer": True, "gradient_clipping": 0.0,
+            "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+        }  # fmt: skip
+        engine, *_ = deepspeed.initialize(
+            model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), config=settings
+        )
+        for _ in range(3):
+            expected = reference(ids, labels=ids).loss
+            expected.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            loss = engine(ids[rank : rank + 1], labels=ids[rank : rank + 1]).loss
+            engine.backward(loss)
+            engine.step()
+            mean = loss.detach().clone()
+            dist.all_reduce(mean)
+            assert_same_loss(mean / 2, expected)
+        for parameter, expected in zip(model.parameters(), reference.parameters(), strict=True):
+            torch.testing.assert_close(safe_get_full_fp32_param(parameter), expected.detach(), rtol=1e-5, atol=1e-6)
+
+
 # --- Run ----------------------------------------------------------------------------------------------------------
 
 
@@ -504,10 +540,8 @@ def main() -> None:
     folder = Path(sys.argv[1])
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=timedelta(seconds=240))
-    wanted = sys.argv[2:]  # for a look at single checks
-    for function in CHECKS[dist.get_world_size()]:
-        if wanted and function.__name__ not in wanted:
-            continue
+    functions = CHECKS[dist.get_world_size()]
+    for function in [globals()[name] for name in sys.argv[2:]] or functions:
         own = folder / function.__name__
         own.mkdir(exist_ok=True)
         try:

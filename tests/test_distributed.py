@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -16,9 +17,7 @@ from tests.distributed_worker import CHECKS
 WORKER = Path(__file__).with_name("distributed_worker.py")
 
 
-@pytest.mark.timeout(900)
-@pytest.mark.parametrize("processes", [2, 4])
-def test_many_processes_equal_one(processes: int, tmp_path: Path, subtests: pytest.Subtests) -> None:
+def launch(processes: int, folder: Path, *checks: str) -> subprocess.CompletedProcess:
     root = str(WORKER.parent.parent)
     environment = os.environ | {
         "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -26,15 +25,33 @@ def test_many_processes_equal_one(processes: int, tmp_path: Path, subtests: pyte
         "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])),
     }  # fmt: skip
     # A standalone launch takes a free port by itself.
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    run = subprocess.run([*launch, str(WORKER), str(tmp_path)], env=environment, capture_output=True, text=True)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command = [*torchrun, str(WORKER), str(folder), *checks]
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+def why(run: subprocess.CompletedProcess, folder: Path) -> str:
+    return "\n".join(path.read_text() for path in sorted(folder.glob("failed.*"))) or run.stderr[-6000:]
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("processes", [2, 4])
+def test_many_processes_equal_one(processes: int, tmp_path: Path, subtests: pytest.Subtests) -> None:
+    run = launch(processes, tmp_path)
     report = tmp_path / "passed"
     passed = report.read_text().split() if report.exists() else []
     for check in CHECKS[processes]:
         with subtests.test(check.__name__):
             assert check.__name__ in passed, "failed, or did not run after a failure: see the end"
-    failures = [path.read_text() for path in sorted(tmp_path.glob("failed.*"))]
-    assert run.returncode == 0, "\n".join(failures) or run.stderr[-6000:]
+    assert run.returncode == 0, why(run, tmp_path)
+
+
+@pytest.mark.timeout(900)
+def test_deepspeed_zero_equals_one_process(tmp_path: Path) -> None:
+    if importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("deepspeed is not installed; it compiles an extension for a minute on its first use")
+    run = launch(2, tmp_path, "deepspeed_zero")
+    assert run.returncode == 0, why(run, tmp_path)
 
 
 @pytest.mark.parametrize(

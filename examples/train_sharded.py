@@ -1,7 +1,7 @@
 """Fine-tune on a text file over several devices, which share weights, gradients and optimizer (FSDP2).
 
     torchrun --nproc-per-node 2 examples/train_sharded.py --text TEXT                  # every rank its own sequences
-    torchrun --nproc-per-node 4 examples/train_sharded.py --text TEXT --ranks-per-sequence 4 --length 131072
+    torchrun --nproc-per-node 4 examples/train_sharded.py --text TEXT --ranks-per-sequence 4 --length 131072 --steps 1
 
 The second line is context parallelism: every sequence lies on four ranks, a quarter of its tokens on each. With
 `--ranks-per-sequence 2` on eight ranks, four sequences are trained on at a time. A text that is too short is repeated.

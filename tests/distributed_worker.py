@@ -18,6 +18,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import transformers
+from packaging.version import Version
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -409,6 +411,27 @@ def context_parallel_times_fsdp(folder: Path) -> None:
         return fully_shard(model, mesh=ranks)
 
     check_with_data_parallel(wrap)
+
+
+def all_three_at_once(folder: Path) -> None:
+    """A 2 x 2 mesh: heads over one dimension; weights and sequence over the other."""
+    reference = make_model(make_config())
+    model = RecurrentGemmaForCausalLM.from_pretrained(
+        saved(reference, folder / "model"),
+        distributed_config=DistributedConfig(tp_size=2, fsdp_size=2),
+        dtype=torch.float32,
+    ).train()
+    batch = language_batch(2, 64, position_ids=documents(2, 64))
+    expected = reference(**batch).loss
+    expected.backward()
+    loss = model(**shard_sequence(batch, model._device_mesh["fsdp"])).loss
+    loss.backward()
+    assert_same_loss(loss, expected)
+    assert_same_gradients(model, reference)
+
+
+if Version(transformers.__version__) >= Version("5.23"):  # 5.17 divides a model by FSDP or by heads, not both
+    check(4)(all_three_at_once)
 
 
 # --- accelerate's FSDP2: last, because its settings outlive it ------------------------------------------------------

@@ -25,7 +25,14 @@ def launch(processes: int, folder: Path, *checks: str) -> subprocess.CompletedPr
         "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])),
     }  # fmt: skip
     # A standalone launch takes a free port by itself.
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--local-addr=127.0.0.1",
+        f"--nproc-per-node={processes}",
+    ]
     command = [*torchrun, str(WORKER), str(folder), *checks]
     return subprocess.run(command, env=environment, capture_output=True, text=True)
 

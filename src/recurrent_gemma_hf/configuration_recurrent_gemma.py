@@ -105,6 +105,25 @@ class RecurrentGemmaConfig(PreTrainedConfig):
         "layers.*": "free_full_weight",
         "final_norm": "keep_full_weight",
     }
+    # Each rank takes some of the heads; the styles that are not Transformers' own are those of tensor_parallel.py.
+    base_model_tp_plan: ClassVar[dict[str, str]] = {
+        "embed_tokens": "embedding_rowwise",
+        "layers.*.temporal_block.q_proj": "colwise",
+        "layers.*.temporal_block.k_proj": "recurrent_gemma_shared_head",
+        "layers.*.temporal_block.v_proj": "recurrent_gemma_shared_head",
+        "layers.*.temporal_block.o_proj": "rowwise",
+        "layers.*.temporal_block.linear_x": "colwise",
+        "layers.*.temporal_block.linear_y": "colwise",
+        "layers.*.temporal_block.conv_1d": "recurrent_gemma_channels",
+        "layers.*.temporal_block.rg_lru": "recurrent_gemma_channels",
+        "layers.*.temporal_block.linear_out": "rowwise",
+        "layers.*.mlp_block.gate_proj": "colwise",
+        "layers.*.mlp_block.up_proj": "colwise",
+        "layers.*.mlp_block.down_proj": "rowwise",
+        "layers.*.temporal_pre_norm": "recurrent_gemma_whole",
+        "layers.*.channel_pre_norm": "recurrent_gemma_whole",
+        "final_norm": "recurrent_gemma_whole",
+    }
 
     vocab_size: int = 256_000
     hidden_size: int = 2560

@@ -42,6 +42,7 @@ from .cache_recurrent_gemma import RecurrentGemmaCache
 from .configuration_recurrent_gemma import RecurrentGemmaConfig
 from .linear_cross_entropy import IGNORE_INDEX, check_labels, chunked_cross_entropy, linear_cross_entropy
 from .linear_recurrence import linear_recurrence
+from .tensor_parallel import check_tensor_parallel
 
 logger = logging.get_logger(__name__)
 
@@ -59,6 +60,7 @@ class Step(NamedTuple):
     hold_BT1: torch.Tensor | None  # bool, True at padding, where states pass unchanged; None where it cannot matter
     reach_BTK: torch.Tensor | None  # (B or 1, T, K) 0 or 1: conv taps that stay in the document; None: all do
     attention: AttentionMask | None  # None in a model without attention
+    shard: Any = None  # a SequenceShard (context_parallel.py) where the sequence lies on several ranks
 
 
 # --- Layers -------------------------------------------------------------------------------------------------------
@@ -247,6 +249,8 @@ class RecurrentGemmaAttention(nn.Module):
         q = rotate(self.q_proj(x_BTE).view(shape).transpose(1, 2), step.cos_BTr, step.sin_BTr)
         k = rotate(self.k_proj(x_BTE).view(shape).transpose(1, 2), step.cos_BTr, step.sin_BTr)
         v = self.v_proj(x_BTE).view(shape).transpose(1, 2)
+        if step.shard is not None:
+            k, v = step.shard.with_left(k, v, size=self.config.attention_window_size, dim=2)
         if cache is not None:
             k, v = cache.update(k, v, self.layer_idx, ordered=step.attention.ordered)
             k, v = k.to(q.dtype), v.to(q.dtype)
@@ -357,7 +361,8 @@ class RecurrentGemmaRglru(nn.Module):
         self.recurrent_gate_bias = nn.Parameter(torch.empty(self.num_heads, block))
 
     def _gate(self, x_BTD: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        blocks = x_BTD.reshape(-1, self.num_heads, weight.shape[1]).transpose(0, 1)
+        # As many heads as the weight has: under tensor parallelism they are this rank's.
+        blocks = x_BTD.reshape(-1, *weight.shape[:2]).transpose(0, 1)
         out_HNd = torch.baddbmm(bias[:, None].to(x_BTD.dtype), blocks, weight.to(x_BTD.dtype))
         return out_HNd.transpose(0, 1).reshape(x_BTD.shape)
 
@@ -369,6 +374,8 @@ class RecurrentGemmaRglru(nn.Module):
         softplus_D = F.softplus(self.recurrent_param.to(dtype))
         coefficients = _differentiable(RgLruCoefficients)
         a, gated = coefficients(r_pre, i_pre, x_BTD, softplus_D, step.reset_BT1, step.hold_BT1)
+        if step.shard is not None:
+            return step.shard.linear_recurrence(gated, a)
         return linear_recurrence(gated, a, h0_BD)
 
 
@@ -451,7 +458,10 @@ class RecurrentGemmaRecurrentBlock(nn.Module):
         u = self.linear_x(x_BTE)
         layer = None if cache is None else cache.layers[self.layer_idx]
         context = self.conv1d_width - 1
-        if layer is None or (context == 0 and not isinstance(cache, RecurrentGemmaCache)):
+        if step.shard is not None and context:
+            (full,) = step.shard.with_left(u, size=context, dim=1)
+            full = F.pad(full, (0, 0, context + u.shape[1] - full.shape[1], 0))
+        elif layer is None or (context == 0 and not isinstance(cache, RecurrentGemmaCache)):
             full = F.pad(u, (0, 0, context, 0))
         else:
             full = cache.update_conv_state(u.transpose(1, 2), self.layer_idx, conv_kernel_size=context).transpose(1, 2)
@@ -559,6 +569,13 @@ class RecurrentGemmaPreTrainedModel(PreTrainedModel):
             model._leave_slow_bfloat16()
         return (model, info) if want_info else model
 
+    @classmethod
+    def maybe_distribute_model(cls, model: Any, distributed_config: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in Transformers, but what cannot be split over the ranks is refused by name before anything is."""
+        if distributed_config is not None and (distributed_config.tp_size or 1) > 1:
+            check_tensor_parallel(model.config, distributed_config.tp_size)
+        return super().maybe_distribute_model(model, distributed_config, *args, **kwargs)
+
     def _leave_slow_bfloat16(self) -> None:
         """Converts to float32, once loaded, where bfloat16 would be emulated; leaves what is offloaded or quantized."""
         devices = {parameter.device.type for parameter in self.parameters()}
@@ -625,6 +642,7 @@ class RecurrentGemmaModel(RecurrentGemmaPreTrainedModel):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
+        sequence_shard: Any = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Runs the stack.
@@ -639,6 +657,7 @@ class RecurrentGemmaModel(RecurrentGemmaPreTrainedModel):
             past_key_values: a cache; made here if `use_cache` asks for one.
             inputs_embeds: (B, T, E) rows of the embedding, instead of ids (the model scales them as it does its own).
             use_cache: config.use_cache by default, and never by default while training.
+            sequence_shard: which chunk of a longer sequence this is; made by `context_parallel.shard_sequence`.
 
         Returns:
             last_hidden_state (B, T, E), the cache, and on request all hidden states and attention probabilities.
@@ -646,10 +665,13 @@ class RecurrentGemmaModel(RecurrentGemmaPreTrainedModel):
         x = self._embed(input_ids, inputs_embeds)
         B, T = x.shape[:2]
         position_ids = _document_positions(position_ids, kwargs, B, T)
-        cache = self._cache(past_key_values, use_cache)
+        cache = self._cache(past_key_values, bool(use_cache) if sequence_shard is not None else use_cache)
         output_hidden_states = bool(_default(output_hidden_states, self.config.output_hidden_states))
         output_attentions = bool(_default(output_attentions, self.config.output_attentions))
         mask = InputMask.read(attention_mask, cache, B, T)
+        if sequence_shard is not None:
+            sequence_shard.check(self.config, T, attention_mask, cache, output_attentions)
+            mask = mask._replace(seen=sequence_shard.offset)
         # Everything that can be wrong is found before the cache moves on.
         self._check(mask, position_ids, cache, output_attentions, (B, T))
         is_own = isinstance(cache, RecurrentGemmaCache)
@@ -663,6 +685,7 @@ class RecurrentGemmaModel(RecurrentGemmaPreTrainedModel):
         if is_own:
             cache.begin_forward(B, T, x.device, mask.tokens)
         step = self._step(x, mask, position_ids, cache, pack is not None, output_attentions)
+        step = step._replace(shard=sequence_shard)
         unpack = None if pack is None else pack.argsort(dim=1)
         if "flash" in self.config._attn_implementation and cache is None and position_ids is not None:
             kwargs["position_ids"] = position_ids  # how Transformers' flash attention learns of packed documents
@@ -789,7 +812,7 @@ class RecurrentGemmaModel(RecurrentGemmaPreTrainedModel):
         is_foreign = cache is not None and not isinstance(cache, RecurrentGemmaCache)
         position = position_ids
         if position is None:
-            position = columns
+            position = mask.seen + columns
             if is_foreign:
                 position = mask.positions(columns)
             elif cache is not None:
@@ -824,7 +847,10 @@ class RecurrentGemmaModel(RecurrentGemmaPreTrainedModel):
         columns = torch.arange(T, device=position.device)[None]
         reach = position.clamp(max=W)
         if cache is None:
-            return AttentionMask(columns, columns, reach, None, None, W, 0, plain=True, ordered=False)
+            before = min(W, mask.seen)  # keys of other ranks
+            key = torch.arange(mask.seen - before, mask.seen + T, device=position.device)[None]
+            query, plain = mask.seen + columns, mask.seen == 0
+            return AttentionMask(query, key, reach, None, None, W, before, plain=plain, ordered=False)
         if not isinstance(cache, RecurrentGemmaCache):
             K, offset = cache.get_mask_sizes(T, self.first_attention)
             query, key = mask.seen + columns, offset + torch.arange(K, device=position.device)[None]
@@ -1065,6 +1091,7 @@ class RecurrentGemmaForCausalLM(RecurrentGemmaPreTrainedModel, GenerationMixin):
     """The language model: next-token logits, soft-capped as c tanh(logits / c)."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
 
     def __init__(self, config: RecurrentGemmaConfig) -> None:
         super().__init__(config)
@@ -1131,6 +1158,8 @@ class RecurrentGemmaForCausalLM(RecurrentGemmaPreTrainedModel, GenerationMixin):
                 logits = torch.tanh(logits / self.config.logits_soft_cap) * self.config.logits_soft_cap
         if labels is not None and loss is None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        if loss is not None and kwargs.get("sequence_shard") is not None:
+            loss = kwargs["sequence_shard"].total(loss)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -1298,6 +1327,11 @@ def _last_token(
     return _last_true(tokens)
 
 
+def _refuse_shard(kwargs: dict[str, Any]) -> None:
+    if kwargs.get("sequence_shard") is not None:
+        raise ValueError("only the language model works on a chunk of a sequence; give this one whole sequences")
+
+
 class RecurrentGemmaForSequenceClassification(RecurrentGemmaPreTrainedModel):
     """One label (or `num_labels` values) per sequence, read from its last token."""
 
@@ -1319,6 +1353,7 @@ class RecurrentGemmaForSequenceClassification(RecurrentGemmaPreTrainedModel):
     ) -> SequenceClassifierOutputWithPast:
         """logits (B, num_labels). labels (B,) int64, or float for regression and multi-label problems; padding is
         told by the attention_mask, else by config.pad_token_id. Other arguments as in `RecurrentGemmaModel`."""
+        _refuse_shard(kwargs)
         outputs = self.model(
             input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, return_dict=True, **kwargs
         )
@@ -1352,6 +1387,7 @@ class RecurrentGemmaForTokenClassification(RecurrentGemmaPreTrainedModel):
         self, input_ids: torch.LongTensor | None = None, labels: torch.LongTensor | None = None, **kwargs: Any
     ) -> TokenClassifierOutput:
         """logits (B, T, num_labels). labels (B, T) int64, -100 ignored. Other arguments as in `RecurrentGemmaModel`."""
+        _refuse_shard(kwargs)
         outputs = self.model(input_ids=input_ids, return_dict=True, **kwargs)
         logits = self.score(outputs.last_hidden_state)
         loss = None if labels is None else self.loss_function(logits, labels, self.config)
@@ -1378,6 +1414,7 @@ class RecurrentGemmaForQuestionAnswering(RecurrentGemmaPreTrainedModel):
         **kwargs: Any,
     ) -> QuestionAnsweringModelOutput:
         """start_logits and end_logits (B, T); positions (B,) int64. Other arguments as in `RecurrentGemmaModel`."""
+        _refuse_shard(kwargs)
         outputs = self.model(input_ids=input_ids, return_dict=True, **kwargs)
         start_logits, end_logits = (x.contiguous() for x in self.qa_outputs(outputs.last_hidden_state).unbind(-1))
         loss = None

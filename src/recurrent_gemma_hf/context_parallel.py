@@ -1,0 +1,321 @@
+"""Context parallelism: one long sequence over several ranks, each with a contiguous chunk of it.
+
+    batch = shard_sequence({"input_ids": ids, "labels": ids}, group)  # the same whole batch on every rank of the group
+    loss = model(**batch).loss  # the loss of the whole sequence, on every rank
+    loss.backward()  # gradients to be averaged over the ranks, as DDP and FSDP do
+
+What a chunk needs of those before it has a constant size, however long the sequence is: a recurrent layer the state
+and the last K - 1 inputs of its convolution, an attention layer the last W keys and values (of several ranks where a
+chunk is shorter than W). No rank waits for the scan of another. The recurrence is linear in the state that enters a
+chunk, h -> decay * h + end, so every rank finds the decay and the end of its own chunk, all ranks exchange these pairs
+at once, and each scans again from the right state; the backward pass does the same from the other side. That costs one
+more pass over the chunk, a few per cent of the layer's products. Handing the state from rank to rank would save that
+pass, but a chain of N ranks then costs N - 1 scans: once per step if nothing else ties the ranks together, once per
+layer if FSDP does, whose collectives keep them at the same layer.
+
+Shapes: B batch, T tokens of the whole sequence, C = T / N tokens of a chunk, N ranks, D lru_width, G key/value heads,
+h head_dim, K conv1d_width, W attention_window_size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+from torch.nn import functional as F
+
+from .configuration_recurrent_gemma import RecurrentGemmaConfig
+from .linear_cross_entropy import IGNORE_INDEX
+from .linear_recurrence import linear_recurrence
+from .modeling_recurrent_gemma import _check_positions, _document_positions, _first_tokens, _is_counted
+
+_SEGMENT = 4096  # tokens whose decays are held at once in the backward pass
+
+_KNOWN_KEYS = (
+    "input_ids", "inputs_embeds", "labels", "position_ids", "attention_mask", "num_items_in_batch",
+    "seq_idx", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k",  # other descriptions of documents
+)  # fmt: skip
+
+
+def shard_sequence(batch: Mapping[str, Any], group: dist.ProcessGroup | DeviceMesh) -> dict[str, Any]:
+    """This rank's chunk of a batch of long sequences, as keyword arguments of `RecurrentGemmaForCausalLM`.
+
+    Args:
+        batch: the same on every rank of the group. input_ids (B, T) int64 or inputs_embeds (B, T, E); optionally labels
+            (B, T), not shifted; position_ids (B or 1, T), where a 0 begins a document, or what
+            `DataCollatorWithFlattening` says instead; attention_mask (B, T) with padding on the right alone, which no
+            token sees; num_items_in_batch, by which the sum of the losses is divided (by default the number of
+            targets).
+        group: the ranks that share the sequence, in order; a process group or a mesh of one dimension.
+
+    Returns:
+        The chunk, (B, T / N) of each, with `shift_labels` (the target of a chunk's last token is the first label of
+        the next chunk), `num_items_in_batch` and a `SequenceShard`. The loss is that of the whole sequence.
+
+    Raises:
+        ValueError: T is no multiple of the number of ranks, padding elsewhere than on the right, a 4D attention_mask,
+            keys of no language model, or a batch that differs between the ranks.
+    """
+    group = group.get_group() if isinstance(group, DeviceMesh) else group
+    unknown = sorted(set(batch) - set(_KNOWN_KEYS))
+    if unknown:
+        raise ValueError(f"shard_sequence cannot split {', '.join(unknown)}; it takes {', '.join(_KNOWN_KEYS)}")
+    tokens = batch.get("input_ids", batch.get("inputs_embeds"))
+    if tokens is None:
+        raise ValueError(f"the batch has {', '.join(sorted(batch))}; it needs input_ids or inputs_embeds")
+    B, T = tokens.shape[:2]
+    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+    if T % ranks:
+        raise ValueError(
+            f"{T} tokens cannot be split evenly over {ranks} ranks; pad them on the right to {-(-T // ranks) * ranks} "
+            f"(pad_to_multiple_of={ranks}), with labels of {IGNORE_INDEX}"
+        )
+    mask, labels = batch.get("attention_mask"), batch.get("labels")
+    positions = _document_positions(batch.get("position_ids"), dict(batch), B, T)
+    _check_mask(mask, (B, T))
+    _check_same_batch(tokens, labels, group)
+    shard = SequenceShard(group, rank, ranks, rank * (T // ranks), T // ranks)
+    whole = {name: batch[name] for name in ("input_ids", "inputs_embeds", "labels") if batch.get(name) is not None}
+    if positions is not None:
+        if positions.device.type == "cpu":
+            _check_positions(positions.expand(B, T), None if mask is None else mask.bool())
+        if not _is_counted(positions):  # else it is one document, and the model counts by itself
+            whole["position_ids"] = positions
+    if labels is not None:
+        if labels.shape != (B, T):
+            raise ValueError(f"labels of shape {tuple(labels.shape)} must be one per token, ({B}, {T})")
+        targets = labels.masked_fill(_first_tokens(labels, mask, positions), IGNORE_INDEX)
+        whole["shift_labels"] = F.pad(targets[:, 1:], (0, 1), value=IGNORE_INDEX)
+    sharded: dict[str, Any] = {
+        name: tensor.narrow(1, shard.offset, shard.length).contiguous() for name, tensor in whole.items()
+    }
+    if labels is not None:
+        items = batch.get("num_items_in_batch")
+        sharded["num_items_in_batch"] = (whole["shift_labels"] != IGNORE_INDEX).sum() if items is None else items
+    return {**sharded, "sequence_shard": shard}
+
+
+def _check_mask(mask: torch.Tensor | None, shape: tuple[int, int]) -> None:
+    if mask is None:
+        return
+    if mask.ndim != 2 or mask.shape != shape:
+        raise ValueError(
+            f"attention_mask of shape {tuple(mask.shape)} must be {shape}: a sequence over several ranks takes no "
+            "other masks; documents are told apart by position_ids"
+        )
+    if (mask[:, 1:].bool() & ~mask[:, :-1].bool()).any():
+        raise ValueError(
+            "the attention_mask has padding before tokens; a sequence over several ranks is padded on the right "
+            "(tokenizer.padding_side = 'right'), or packed with position_ids"
+        )
+
+
+def _check_same_batch(tokens: torch.Tensor, labels: torch.Tensor | None, group: dist.ProcessGroup) -> None:
+    """Every rank cuts its chunk from the whole batch: different batches would make nonsense of it, silently."""
+    sums = [float(x.detach().double().sum()) for x in (tokens, labels) if x is not None]
+    # Where the group's backend can send from; the batch may still be on its way there.
+    device = torch.device("cpu") if "gloo" in dist.get_backend(group) else torch.accelerator.current_accelerator()
+    own = torch.tensor([*tokens.shape[:2], *sums, labels is None], dtype=torch.float64, device=device)
+    seen = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(seen, own, group=group)
+    differing = [rank for rank, other in enumerate(seen) if not torch.equal(other, seen[0])]
+    if differing:
+        raise ValueError(
+            f"ranks {differing} of the group were given another batch than rank 0; give every rank of a sequence the "
+            "same one (for instance a sampler seeded alike)"
+        )
+
+
+@dataclass(frozen=True)
+class SequenceShard:
+    """Where this rank's chunk of a sequence lies, and how to ask the other ranks for what lies before it.
+
+    Made by `shard_sequence`; the model's layers call the methods, on every rank in the same order.
+    """
+
+    group: dist.ProcessGroup
+    rank: int  # in the group
+    ranks: int
+    offset: int  # tokens before the chunk
+    length: int  # tokens of the chunk, alike on every rank
+
+    def check(
+        self, config: RecurrentGemmaConfig, length: int, attention_mask: Any, cache: Any, output_attentions: bool
+    ) -> None:
+        """Raises ValueError for what a model with this config cannot do on a chunk of a sequence."""
+        if length != self.length:
+            raise ValueError(f"the input has {length} tokens, this rank's chunk {self.length}; pass it as it was cut")
+        context = config.conv1d_width - 1
+        if "recurrent" in config.layers_block_type and length < context:
+            raise ValueError(
+                f"a chunk of {length} tokens is shorter than the {context} that the convolution looks back "
+                f"(conv1d_width={config.conv1d_width}); use fewer than {self.ranks} ranks"
+            )
+        if attention_mask is not None:
+            raise ValueError(
+                f"attention_mask of shape {tuple(attention_mask.shape)} does not go with a chunk of a sequence; give "
+                "2D masks to shard_sequence, and tell documents apart by position_ids"
+            )
+        if cache is not None:
+            raise ValueError("a chunk of a sequence goes without past_key_values; pass use_cache=False")
+        if output_attentions:
+            raise ValueError("output_attentions does not work with a sequence over several ranks; use one rank")
+
+    def with_left(self, *tensors: torch.Tensor, size: int, dim: int) -> tuple[torch.Tensor, ...]:
+        """Each tensor with up to `size` entries before this chunk in front of it along dimension `dim`: all there are,
+        so none on the first rank. Tensors may differ in their last dimension, which must not be `dim`."""
+        return _WithLeft.apply(self, size, dim, *tensors)
+
+    def linear_recurrence(self, x_BCD: torch.Tensor, a_BCD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`linear_recurrence` of the whole sequence: the states of this chunk, and the last of them."""
+        with torch.no_grad():
+            _, end_BD = linear_recurrence(x_BCD, a_BCD)
+            decay_BD = a_BCD.prod(1, dtype=end_BD.dtype)
+            chunks = self._gather(decay_BD, end_BD)
+            h0_BD = torch.zeros_like(end_BD)
+            for decay, end in chunks[: self.rank]:
+                h0_BD = torch.addcmul(end, decay, h0_BD)
+        h_BCD, last_BD = linear_recurrence(x_BCD, a_BCD, h0_BD)
+        return _HandOn.apply(self, h_BCD, last_BD, a_BCD, decay_BD) if torch.is_grad_enabled() else (h_BCD, last_BD)
+
+    def total(self, loss: torch.Tensor) -> torch.Tensor:
+        """The sum of every rank's share of the loss; its gradients are made to be averaged over the ranks."""
+        return _Total.apply(self, loss)
+
+    def _gather(self, *tensors_BD: torch.Tensor) -> torch.Tensor:
+        """(N, number of tensors, B, D): those of every rank."""
+        own = torch.stack(tensors_BD)
+        everyone = own.new_empty((self.ranks, *own.shape))
+        dist.all_gather(list(everyone.unbind(0)), own, group=self.group)
+        return everyone
+
+    def _exchange(self, sent: dict[int, torch.Tensor], received: dict[int, torch.Tensor]) -> None:
+        """Sends and receives one tensor per rank of the group, all at once."""
+        operations = [
+            dist.P2POp(operation, tensor, dist.get_global_rank(self.group, rank), self.group)
+            for operation, tensors in ((dist.isend, sent), (dist.irecv, received))
+            for rank, tensor in tensors.items()
+        ]
+        if operations:
+            for work in dist.batch_isend_irecv(operations):
+                work.wait()
+
+    def _hops(self, size: int) -> list[tuple[int, int]]:
+        """(distance, entries) of each earlier chunk that holds some of the last `size` entries before a chunk."""
+        return [
+            (hop, min(self.length, size - (hop - 1) * self.length)) for hop in range(1, -(-size // self.length) + 1)
+        ]
+
+
+class _WithLeft(torch.autograd.Function):
+    """See `SequenceShard.with_left`. Also on the first rank, which gets nothing, and the last, which sends nothing: in
+    the backward pass, when gradients take the way back, every rank takes part."""
+
+    @staticmethod
+    def forward(ctx: Any, shard: SequenceShard, size: int, dim: int, *tensors: torch.Tensor) -> Any:
+        ctx.shard, ctx.size, ctx.dim = shard, size, dim
+        ctx.widths = [tensor.shape[-1] for tensor in tensors]
+        sent, received = {}, {}
+        for hop, entries in shard._hops(size):
+            tails = [tensor.narrow(dim, shard.length - entries, entries) for tensor in tensors]
+            message = torch.cat(tails, dim=-1).contiguous()
+            if shard.rank + hop < shard.ranks:
+                sent[shard.rank + hop] = message
+            if shard.rank >= hop:
+                received[shard.rank - hop] = torch.empty_like(message)
+        shard._exchange(sent, received)
+        if not received:
+            return tuple(tensor.view_as(tensor) for tensor in tensors)
+        left = torch.cat([received[rank] for rank in sorted(received)], dim=dim)
+        return tuple(
+            torch.cat([own_left, own], dim=dim)
+            for own_left, own in zip(left.split(ctx.widths, dim=-1), tensors, strict=True)
+        )
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        shard, dim = ctx.shard, ctx.dim
+        before = grads[0].shape[dim] - shard.length
+        sent, received = {}, {}
+        for hop, entries in shard._hops(ctx.size):
+            if shard.rank >= hop:
+                start = before - (hop - 1) * shard.length - entries
+                message = torch.cat([grad.narrow(dim, start, entries) for grad in grads], dim=-1)
+                sent[shard.rank - hop] = message.contiguous()
+            if shard.rank + hop < shard.ranks:
+                shape = list(grads[0].shape)
+                shape[dim], shape[-1] = entries, sum(ctx.widths)
+                received[shard.rank + hop] = grads[0].new_empty(shape)
+        shard._exchange(sent, received)
+        own = [grad.narrow(dim, before, shard.length).clone() for grad in grads]
+        for message in received.values():
+            entries = message.shape[dim]
+            for grad, part in zip(own, message.split(ctx.widths, dim=-1), strict=True):
+                grad.narrow(dim, shard.length - entries, entries).add_(part)
+        return None, None, None, *own
+
+
+class _HandOn(torch.autograd.Function):
+    """The states as they are; in the backward pass, the last one also gets its gradient from the ranks on the right.
+
+    The gradient of the state that enters a chunk is linear in the one that the chunk's last state gets, as in the
+    forward pass: own + decay * later, with own = sum_t (a_0 ... a_t) dh_t.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        shard: SequenceShard,
+        h_BCD: torch.Tensor,
+        last_BD: torch.Tensor,
+        a_BCD: torch.Tensor,
+        decay_BD: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx.shard = shard
+        ctx.save_for_backward(a_BCD, decay_BD)
+        return h_BCD.view_as(h_BCD), last_BD.view_as(last_BD)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dh_BCD: torch.Tensor, dlast_BD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        a_BCD, decay_BD = ctx.saved_tensors
+        shard = ctx.shard
+        own_BD = torch.addcmul(_through_decay(dh_BCD, a_BCD, decay_BD.dtype), decay_BD, dlast_BD)
+        chunks = shard._gather(decay_BD, own_BD)
+        later_BD = torch.zeros_like(own_BD)
+        for decay, own in chunks[shard.rank + 1 :].flip(0):
+            later_BD = torch.addcmul(own, decay, later_BD)
+        return None, dh_BCD, dlast_BD + later_BD, None, None
+
+
+def _through_decay(dh_BCD: torch.Tensor, a_BCD: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """sum_t (a_0 ... a_t) dh_t, (B, D): the products are the states of a recurrence that starts at 1."""
+    decay_BD, total_BD = torch.ones_like(dh_BCD[:, 0], dtype=dtype), torch.zeros_like(dh_BCD[:, 0], dtype=dtype)
+    for a, dh in zip(a_BCD.split(_SEGMENT, dim=1), dh_BCD.split(_SEGMENT, dim=1), strict=True):
+        decays, decay_BD = linear_recurrence(torch.zeros_like(a), a, decay_BD)
+        total_BD += (decays * dh).sum(1)
+    return total_BD
+
+
+class _Total(torch.autograd.Function):
+    """Every rank's summand in, the sum out. Its gradient is N-fold: averaged over the ranks, as DDP and FSDP do with
+    the gradients of parameters, what remains is their sum."""
+
+    @staticmethod
+    def forward(ctx: Any, shard: SequenceShard, loss: torch.Tensor) -> torch.Tensor:
+        ctx.ranks = shard.ranks
+        total = loss.clone()
+        dist.all_reduce(total, group=shard.group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[None, torch.Tensor]:
+        return None, grad * ctx.ranks
+
+
+__all__ = ["SequenceShard", "shard_sequence"]

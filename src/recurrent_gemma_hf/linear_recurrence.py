@@ -9,7 +9,8 @@ behind it:
 
 Which implementation runs is decided in `resolve_backend` and nowhere else.
 
-Shape suffixes: B batch, T time, D lru_width, M chunks, K chunks of full length (M - 1).
+Shape suffixes: B batch, T time, D lru_width, M chunks, K chunks of full length (M - 1); N tokens of S sequences in one
+row, P rows of a pool of states.
 """
 
 import logging
@@ -110,6 +111,106 @@ def _check_inputs(
             raise ValueError(f"{name} has dtype {tensor.dtype}: convert it to one of {_FLOAT_DTYPES}")
     if output_dtype is not None and output_dtype not in _FLOAT_DTYPES:
         raise ValueError(f"output_dtype is {output_dtype}: choose one of {_FLOAT_DTYPES}")
+
+
+# ---------------------------------------------------------------- many sequences in one row, as servers batch them
+
+
+def linear_recurrence_varlen(
+    x_ND: Tensor,
+    a_ND: Tensor,
+    states_PD: Tensor,
+    state_indices_S: Tensor,
+    cu_seqlens: Tensor,
+    has_initial_state_S: Tensor,
+    *,
+    output_dtype: torch.dtype | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """`linear_recurrence` of S sequences that lie one behind the other, with their states in a pool; for inference.
+
+    Sequence s holds tokens cu_seqlens[s] to cu_seqlens[s + 1] - 1. It starts from row state_indices_S[s] of the pool
+    (from zeros where has_initial_state_S[s] is False) and leaves its last state there. Nothing is read back from the
+    device, so the call can be captured in a CUDA graph.
+
+    Args:
+        x_ND: what is added to the states, as in `linear_recurrence`; N tokens of all sequences.
+        a_ND: the coefficients, of the same shape.
+        states_PD: the pool, float32 (float64 if any input is): updated in place, rows of other sequences untouched.
+        state_indices_S: int32 or int64, no two sequences with the same row. Empty sequences (the padding of a captured
+            batch) keep their row as it is; any number of them may share a row that no other sequence uses.
+        cu_seqlens: int32 or int64 (S + 1,), not decreasing, from 0 to at most N; tokens behind the last are padding.
+        has_initial_state_S: bool.
+        output_dtype: dtype of the result; None means that of x.
+        backend: one of `available_backends()`, or "auto".
+
+    Returns:
+        h_ND, every state, in `output_dtype`. Padding holds numbers without a meaning.
+
+    Raises:
+        ValueError: a wrong shape, dtype or device, N = 0, or a backend that does not exist or cannot serve the inputs.
+    """
+    dtype = _accumulation_dtype(x_ND, a_ND, states_PD)
+    _check_varlen(x_ND, a_ND, states_PD, state_indices_S, cu_seqlens, has_initial_state_S, dtype)
+    N = x_ND.shape[0]
+    starts, stops = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
+    is_empty_S1 = (starts == stops)[:, None]
+    rows = state_indices_S.long()
+    before_SD = states_PD[rows]
+    h0_SD = before_SD.masked_fill(~has_initial_state_S[:, None], 0.0)
+
+    # The first token of a sequence takes the state in, and its coefficient counts as 0 from then on. One more row
+    # behind the tokens receives what empty sequences write.
+    x = torch.empty((N + 1, x_ND.shape[1]), dtype=dtype, device=x_ND.device)
+    x[:N] = x_ND
+    x[N] = 0.0
+    first_S = torch.where(starts == stops, N, starts)
+    inside_S = first_S.clamp(max=N - 1)
+    x[first_S] = torch.addcmul(x_ND[inside_S].to(dtype), a_ND[inside_S].to(dtype), h0_SD)
+    reset = torch.zeros(N + 1, dtype=torch.bool, device=x.device)
+    reset[first_S] = True
+    h_1ND, _ = linear_recurrence(x[None, :N], a_ND[None], reset_BT=reset[None, :N], backend=backend)
+    h_ND = h_1ND[0]
+    states_PD[rows] = torch.where(is_empty_S1, before_SD, h_ND[(stops - 1).clamp(min=0)])
+    return h_ND.to(output_dtype or x_ND.dtype)
+
+
+def _check_varlen(
+    x_ND: Tensor,
+    a_ND: Tensor,
+    states_PD: Tensor,
+    state_indices_S: Tensor,
+    cu_seqlens: Tensor,
+    has_initial_state_S: Tensor,
+    dtype: torch.dtype,
+) -> None:
+    """Raise ValueError for inputs outside the contract of `linear_recurrence_varlen`, without looking at any value."""
+    if x_ND.ndim != 2:
+        raise ValueError(f"x_ND has shape {tuple(x_ND.shape)}: pass two dimensions (tokens, channels)")
+    _check_inputs(x_ND[None], a_ND[None], None, None, None)
+    S, D = len(state_indices_S), x_ND.shape[1]
+    if states_PD.ndim != 2 or states_PD.shape[1] != D:
+        raise ValueError(f"states_PD has shape {tuple(states_PD.shape)}: with {D} channels it must be (rows, {D})")
+    if states_PD.dtype != dtype:
+        raise ValueError(f"states_PD has dtype {states_PD.dtype}: the states of these inputs are kept in {dtype}")
+    integers = (torch.int32, torch.int64)
+    for name, tensor, shape, dtypes in (
+        ("state_indices_S", state_indices_S, (S,), integers),
+        ("cu_seqlens", cu_seqlens, (S + 1,), integers),
+        ("has_initial_state_S", has_initial_state_S, (S,), (torch.bool,)),
+    ):
+        if tensor.shape != shape:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}: for {S} sequences it must be {shape}")
+        if tensor.dtype not in dtypes:
+            raise ValueError(f"{name} has dtype {tensor.dtype}: pass one of {dtypes}")
+    for name, tensor in (
+        ("states_PD", states_PD),
+        ("state_indices_S", state_indices_S),
+        ("cu_seqlens", cu_seqlens),
+        ("has_initial_state_S", has_initial_state_S),
+    ):
+        if tensor.device != x_ND.device:
+            raise ValueError(f"{name} is on {tensor.device} but x_ND is on {x_ND.device}: move it there")
 
 
 # ---------------------------------------------------------------- the reference

@@ -6,6 +6,7 @@ behind it:
 
 - `linear_recurrence_reference`: the loop over time, differentiated by autograd. It defines what is right.
 - `linear_recurrence_chunked`: a scan over chunks in plain torch for every device, with a backward of its own.
+- `linear_recurrence_triton`: kernels for GPUs, in linear_recurrence_triton.py, which is imported when they are used.
 
 Which implementation runs is decided in `resolve_backend` and nowhere else.
 
@@ -13,8 +14,11 @@ Shape suffixes: B batch, T time, D lru_width, M chunks, K chunks of full length 
 row, P rows of a pool of states.
 """
 
+import functools
+import importlib.util
 import logging
 import math
+import os
 import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -421,17 +425,71 @@ def _chunk_states(
     return state_BMD
 
 
+# ---------------------------------------------------------------- the kernels
+
+
+def linear_recurrence_triton(
+    x_BTD: Tensor,
+    a_BTD: Tensor,
+    h0_BD: Tensor | None = None,
+    *,
+    reset_BT: Tensor | None = None,
+    output_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`linear_recurrence` by Triton kernels. Same arguments (except the backend), results and errors, but no float64.
+
+    A segment of time multiplies its coefficients, so 0 <= |a| <= 1, as in the RG-LRU, is where it is exact; beyond, a
+    product that leaves float32 is cut off.
+    """
+    from .linear_recurrence_triton import scan
+
+    _check_inputs(x_BTD, a_BTD, h0_BD, reset_BT, output_dtype)
+    output_dtype = output_dtype or x_BTD.dtype
+    if x_BTD.shape[1] == 1:
+        return _single_step(x_BTD, a_BTD, h0_BD, reset_BT, output_dtype)
+    return scan(x_BTD, a_BTD, h0_BD, reset_BT, output_dtype)
+
+
+@functools.cache
+def triton_refusal(device: torch.device) -> str | None:
+    """Why Triton kernels cannot run on a device and what to do about it, or None if they can.
+
+    With TRITON_INTERPRET=1 in the environment they run on a CPU too, very slowly: that is for tests.
+    """
+    if importlib.util.find_spec("triton") is None:
+        return "needs the triton package: pip install triton"
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    if device.type not in _TRITON_DEVICE_TYPES:
+        return f"does not run on {device.type}: move the inputs to one of {_TRITON_DEVICE_TYPES}"
+    if device.type == "cuda" and torch.version.cuda is not None and torch.cuda.is_available():
+        capability = torch.cuda.get_device_capability(device)
+        if capability < (8, 0):
+            return f"needs an NVIDIA GPU of compute capability 8.0 or newer, and {device} has {capability}: use a newer one"
+    return None
+
+
 # ---------------------------------------------------------------- the choice
 
 
 class _Backend(NamedTuple):
     run: Callable[..., tuple[Tensor, Tensor]]
-    device_types: tuple[str, ...] | None  # None: every device
+    device_types: tuple[str, ...] | None  # where "auto" takes it; None: everywhere
     dtypes: tuple[torch.dtype, ...]
+    refusal: Callable[[torch.device], str | None] | None = None  # what else speaks against a device
 
+
+# The devices that Triton compiles for, as torch calls them; AMD's GPUs are "cuda" too.
+_TRITON_DEVICE_TYPES = ("cuda", "xpu")
 
 # In the order in which "auto" prefers them.
 _BACKENDS = {
+    "triton": _Backend(
+        linear_recurrence_triton,
+        _TRITON_DEVICE_TYPES,
+        (torch.bfloat16, torch.float16, torch.float32),
+        triton_refusal,
+    ),
     "chunked": _Backend(linear_recurrence_chunked, None, _FLOAT_DTYPES),
     "reference": _Backend(linear_recurrence_reference, None, _FLOAT_DTYPES),
 }
@@ -454,28 +512,33 @@ def resolve_backend(name: str, device: torch.device | str, dtype: torch.dtype) -
     Raises:
         ValueError: no such backend, or it cannot serve this device or dtype.
     """
-    device_type = torch.device(device).type
+    device = torch.device(device)
     if name == "auto":
-        for candidate in _BACKENDS:
-            if _refusal(candidate, device_type, dtype) is None:
-                _announce(candidate, device_type, dtype)
+        for candidate, backend in _BACKENDS.items():
+            is_at_home = backend.device_types is None or device.type in backend.device_types
+            if is_at_home and _refusal(candidate, device, dtype) is None:
+                _announce(candidate, device.type, dtype)
                 return candidate
         raise ValueError(
-            f"no backend takes dtype {dtype} on {device_type}: convert the inputs to one of {_FLOAT_DTYPES}"
+            f"no backend takes dtype {dtype} on {device.type}: convert the inputs to one of {_FLOAT_DTYPES}"
         )
     if name not in _BACKENDS:
         raise ValueError(f"unknown backend {name!r}: choose one of {(*_BACKENDS, 'auto')}")
-    refusal = _refusal(name, device_type, dtype)
+    refusal = _refusal(name, device, dtype)
     if refusal is not None:
         raise ValueError(f'backend {name!r} {refusal}, or choose backend="auto"')
     return name
 
 
-def _refusal(name: str, device_type: str, dtype: torch.dtype) -> str | None:
+def _refusal(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why a backend cannot serve the inputs and what to do about it, or None if it can."""
     backend = _BACKENDS[name]
-    if backend.device_types is not None and device_type not in backend.device_types:
-        return f"does not run on {device_type}: move the inputs to one of {backend.device_types}"
+    if backend.refusal is not None:
+        refusal = backend.refusal(device)
+        if refusal is not None:
+            return refusal
+    elif backend.device_types is not None and device.type not in backend.device_types:
+        return f"does not run on {device.type}: move the inputs to one of {backend.device_types}"
     if dtype not in backend.dtypes:
         return f"does not take dtype {dtype}: convert the inputs to one of {backend.dtypes}"
     return None

@@ -92,7 +92,7 @@ def block_cases():
         dtypes = {"u_ptr": dtype, "reset_ptr": u8, "hold_ptr": u8, **{f"{name}_ptr": fp32 for name in names}}
         index = int(dtype == fp32)
         common = {"HAS_CONTEXT": False, "HAS_RESET": True, "HAS_HOLD": False, "HAS_REACH": True, "K": 4}
-        gates = {**common, "HEAD": 256, "UPCAST": False}
+        gates = {**common, "HEAD": 256, "CHUNK": module.CHUNK, "UPCAST": False}
         forward, backward = module.FORWARD_TILES[index], module.BACKWARD_TILES[index]
         for summary in (True, False):
             suffix = f" {label}{', summary' if summary else ''}"
@@ -105,7 +105,7 @@ def block_cases():
         yield f"conv {label}", module.conv_kernel, dtypes, constants, tile.warps
         yield f"conv backward {label}", module.conv_backward_kernel, dtypes, {**constants, "SUMS": 8}, tile.warps
         tile = module.DECODE_TILE
-        constants = {name: value for name, value in gates.items() if name != "HAS_CONTEXT"}
+        constants = {name: value for name, value in gates.items() if name not in ("HAS_CONTEXT", "CHUNK")}
         constants |= {"HAS_HOLD": True, "ROWS": tile.time, "CHANNELS": tile.channels}
         yield f"decode {label}", module.decode_kernel, dtypes, constants, tile.warps
 

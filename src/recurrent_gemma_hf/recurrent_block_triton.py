@@ -55,6 +55,7 @@ class Tile(NamedTuple):
     warps: int
 
 
+CHUNK = 64  # channels of a head that are convolved and multiplied at once
 MAX_HEAD = 256  # a head's block of gate weights, (d, channels) twice, stays on the chip
 
 # (half precision, float32). Forward and backward share the steps of a tile, for a state is kept per tile.
@@ -125,6 +126,38 @@ def convolve(
 
 
 @triton.jit
+def gate_weights(weight_ptr, head, d, outer, is_c, HEAD: tl.constexpr, CHUNK: tl.constexpr):
+    """A head's columns `outer` of a gate's matrix, as a tuple of blocks of CHUNK rows."""
+    blocks = ()
+    for chunk in tl.static_range(HEAD // CHUNK):
+        inner = chunk * CHUNK + tl.arange(0, CHUNK)[:, None]
+        at = head * d * d + inner * d + outer[None, :]
+        blocks = blocks + (tl.load(weight_ptr + at, mask=(inner < d) & is_c, other=0.0),)
+    return blocks
+
+
+@triton.jit
+def gates(
+    u_ptr, context_ptr, reach_ptr, weight_ptr, bias_ptr, u_stride, context_stride, t, T, head, d, D,
+    a_weights, x_weights, a_bias, x_bias,
+    K: tl.constexpr, HAS_CONTEXT: tl.constexpr, HAS_REACH: tl.constexpr, UPCAST: tl.constexpr,
+    HEAD: tl.constexpr, CHUNK: tl.constexpr, TIME: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """r and i of the channels that the weights belong to, from the convolution of the whole head, chunk by chunk."""
+    r = tl.zeros((TIME, CHANNELS), tl.float32) + a_bias
+    i = tl.zeros((TIME, CHANNELS), tl.float32) + x_bias
+    for chunk in tl.static_range(HEAD // CHUNK):
+        inner = chunk * CHUNK + tl.arange(0, CHUNK)[None, :]
+        x = convolve(
+            u_ptr, context_ptr, reach_ptr, weight_ptr, bias_ptr, u_stride, context_stride,
+            t, T, head * d + inner, inner < d, D, K, HAS_CONTEXT, HAS_REACH,
+        ).to(u_ptr.dtype.element_ty)  # fmt: skip
+        r += dot(x, a_weights[chunk], UPCAST)
+        i += dot(x, x_weights[chunk], UPCAST)
+    return sigmoid(r), sigmoid(i)
+
+
+@triton.jit
 def coefficients(r, i, x, softplus, is_reset, is_held):
     """a, the multiplier of x, x', exp(log a) and 1 - exp(2 log a); is_reset and is_held (steps, 1)."""
     log_a = r * (-RG_LRU_C * softplus)
@@ -157,7 +190,7 @@ def block_kernel(
     reset_stride_B, hold_stride_B, reach_stride_B,
     SUMMARY: tl.constexpr, HAS_CONTEXT: tl.constexpr, HAS_H0: tl.constexpr, HAS_RESET: tl.constexpr,
     HAS_HOLD: tl.constexpr, HAS_REACH: tl.constexpr, UPCAST: tl.constexpr,
-    K: tl.constexpr, HEAD: tl.constexpr, TIME: tl.constexpr, CHANNELS: tl.constexpr,
+    K: tl.constexpr, HEAD: tl.constexpr, CHUNK: tl.constexpr, TIME: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """out (B, T, D), the last state (B, D), and the state that enters each tile (B, M, D).
 
@@ -165,9 +198,7 @@ def block_kernel(
     """
     head, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     segment, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    inner = tl.arange(0, HEAD)  # channels of the head that the gates read
     outer = block * CHANNELS + tl.arange(0, CHANNELS)  # channels of the head that this program writes
-    c_in, is_in = (head * d + inner)[None, :], (inner < d)[None, :]
     channel, is_channel = head * d + outer, outer < d
     c, is_c = channel[None, :], is_channel[None, :]
     u_ptr += b * u_stride_B
@@ -178,10 +209,8 @@ def block_kernel(
     hold_ptr += b * hold_stride_B
     reach_ptr += b * reach_stride_B
 
-    at = head * d * d + inner[:, None] * d + outer[None, :]
-    is_weight = (inner < d)[:, None] & is_c
-    a_weight = tl.load(a_weight_ptr + at, mask=is_weight, other=0.0)
-    x_weight = tl.load(x_weight_ptr + at, mask=is_weight, other=0.0)
+    a_weights = gate_weights(a_weight_ptr, head, d, outer, is_c, HEAD, CHUNK)
+    x_weights = gate_weights(x_weight_ptr, head, d, outer, is_c, HEAD, CHUNK)
     a_bias = tl.load(a_bias_ptr + c, mask=is_c, other=0.0).to(tl.float32)
     x_bias = tl.load(x_bias_ptr + c, mask=is_c, other=0.0).to(tl.float32)
     softplus = tl.load(softplus_ptr + c, mask=is_c, other=0.0)
@@ -197,12 +226,11 @@ def block_kernel(
 
     for start in range(segment * steps, segment * steps + steps, TIME):
         t = (start + tl.arange(0, TIME)[:, None]).to(tl.int64)
-        x_in = convolve(
+        r, i = gates(
             u_ptr, context_ptr, reach_ptr, conv_weight_ptr, conv_bias_ptr, u_stride_T, context_stride_T,
-            t, T, c_in, is_in, D, K, HAS_CONTEXT, HAS_REACH,
-        ).to(u_ptr.dtype.element_ty)  # fmt: skip
-        r = sigmoid(dot(x_in, a_weight, UPCAST) + a_bias)
-        i = sigmoid(dot(x_in, x_weight, UPCAST) + x_bias)
+            t, T, head, d, D, a_weights, x_weights, a_bias, x_bias,
+            K, HAS_CONTEXT, HAS_REACH, UPCAST, HEAD, CHUNK, TIME, CHANNELS,
+        )  # fmt: skip
         x = convolve(
             u_ptr, context_ptr, reach_ptr, conv_weight_ptr, conv_bias_ptr, u_stride_T, context_stride_T,
             t, T, c, is_c, D, K, HAS_CONTEXT, HAS_REACH,
@@ -242,7 +270,7 @@ def block_backward_kernel(
     reset_stride_B, hold_stride_B, reach_stride_B,
     SUMMARY: tl.constexpr, HAS_CONTEXT: tl.constexpr, HAS_RESET: tl.constexpr,
     HAS_HOLD: tl.constexpr, HAS_REACH: tl.constexpr, UPCAST: tl.constexpr,
-    K: tl.constexpr, HEAD: tl.constexpr, TIME: tl.constexpr, CHANNELS: tl.constexpr,
+    K: tl.constexpr, HEAD: tl.constexpr, CHUNK: tl.constexpr, TIME: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """Backwards through the scan, from the gradients of out and of the last state.
 
@@ -254,9 +282,7 @@ def block_backward_kernel(
     """
     head, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     segment, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    inner = tl.arange(0, HEAD)
     outer = block * CHANNELS + tl.arange(0, CHANNELS)
-    c_in, is_in = (head * d + inner)[None, :], (inner < d)[None, :]
     channel, is_channel = head * d + outer, outer < d
     c, is_c = channel[None, :], is_channel[None, :]
     dout_ptr += b * dout_stride_B
@@ -271,10 +297,8 @@ def block_backward_kernel(
     hold_ptr += b * hold_stride_B
     reach_ptr += b * reach_stride_B
 
-    at = head * d * d + inner[:, None] * d + outer[None, :]
-    is_weight = (inner < d)[:, None] & is_c
-    a_weight = tl.load(a_weight_ptr + at, mask=is_weight, other=0.0)
-    x_weight = tl.load(x_weight_ptr + at, mask=is_weight, other=0.0)
+    a_weights = gate_weights(a_weight_ptr, head, d, outer, is_c, HEAD, CHUNK)
+    x_weights = gate_weights(x_weight_ptr, head, d, outer, is_c, HEAD, CHUNK)
     a_bias = tl.load(a_bias_ptr + c, mask=is_c, other=0.0).to(tl.float32)
     x_bias = tl.load(x_bias_ptr + c, mask=is_c, other=0.0).to(tl.float32)
     softplus = tl.load(softplus_ptr + c, mask=is_c, other=0.0)
@@ -295,12 +319,11 @@ def block_backward_kernel(
         start = M * TIME - segment * steps - tile - TIME
         t = (start + row).to(tl.int64)
         is_time = (t >= 0) & (t < T)
-        x_in = convolve(
+        r, i = gates(
             u_ptr, context_ptr, reach_ptr, conv_weight_ptr, conv_bias_ptr, u_stride_T, context_stride_T,
-            tl.maximum(t, 0), T, c_in, is_in, D, K, HAS_CONTEXT, HAS_REACH,
-        ).to(u_ptr.dtype.element_ty)  # fmt: skip
-        r = sigmoid(dot(x_in, a_weight, UPCAST) + a_bias)
-        i = sigmoid(dot(x_in, x_weight, UPCAST) + x_bias)
+            tl.maximum(t, 0), T, head, d, D, a_weights, x_weights, a_bias, x_bias,
+            K, HAS_CONTEXT, HAS_REACH, UPCAST, HEAD, CHUNK, TIME, CHANNELS,
+        )  # fmt: skip
         x = convolve(
             u_ptr, context_ptr, reach_ptr, conv_weight_ptr, conv_bias_ptr, u_stride_T, context_stride_T,
             tl.maximum(t, 0), T, c, is_c, D, K, HAS_CONTEXT, HAS_REACH,
@@ -585,7 +608,7 @@ def _plan(block: _Block, tiles: tuple[Tile, Tile]) -> _Plan:
     channels = min(tile.channels, padded(d))
     blocks = -(-d // channels)
     S, steps = _segments(B * (D // d) * blocks, T, tile.time)
-    constants = {"HEAD": padded(d), "TIME": tile.time, "CHANNELS": channels, "UPCAST": _is_interpreted()}
+    constants = {"HEAD": padded(d), "CHUNK": min(CHUNK, padded(d)), "TIME": tile.time, "CHANNELS": channels, "UPCAST": _is_interpreted()}
     return _Plan(blocks, S, steps, -(-T // tile.time), constants, tile.warps)
 
 

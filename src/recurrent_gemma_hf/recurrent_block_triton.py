@@ -99,11 +99,11 @@ def gelu(y):
 
 
 @triton.jit
-def dot(x, weight, UPCAST: tl.constexpr):
-    """Matrix product with float32 accumulation. The interpreter cannot multiply bfloat16."""
+def dot(x, weight, total, UPCAST: tl.constexpr):
+    """total + x weight, accumulated in float32. The interpreter cannot multiply bfloat16."""
     if UPCAST:
         x, weight = x.to(tl.float32), weight.to(tl.float32)
-    return tl.dot(x, weight, input_precision="ieee")
+    return tl.dot(x, weight, total, input_precision="ieee")
 
 
 @triton.jit
@@ -152,8 +152,8 @@ def gates(
             u_ptr, context_ptr, reach_ptr, weight_ptr, bias_ptr, u_stride, context_stride,
             t, T, head * d + inner, inner < d, D, K, HAS_CONTEXT, HAS_REACH,
         ).to(u_ptr.dtype.element_ty)  # fmt: skip
-        r += dot(x, a_weights[chunk], UPCAST)
-        i += dot(x, x_weights[chunk], UPCAST)
+        r = dot(x, a_weights[chunk], r, UPCAST)
+        i = dot(x, x_weights[chunk], i, UPCAST)
     return sigmoid(r), sigmoid(i)
 
 
@@ -490,8 +490,11 @@ def decode_kernel(
         is_weight = (inner < d)[:, None] & is_c
         a_weight = tl.load(a_weight_ptr + at, mask=is_weight, other=0.0)
         x_weight = tl.load(x_weight_ptr + at, mask=is_weight, other=0.0)
-        r = sigmoid(dot(x_in, a_weight, UPCAST) + tl.load(a_bias_ptr + c, mask=is_c, other=0.0).to(tl.float32))
-        i = sigmoid(dot(x_in, x_weight, UPCAST) + tl.load(x_bias_ptr + c, mask=is_c, other=0.0).to(tl.float32))
+        start = tl.zeros((ROWS, CHANNELS), tl.float32)
+        a_bias = tl.load(a_bias_ptr + c, mask=is_c, other=0.0).to(tl.float32)
+        x_bias = tl.load(x_bias_ptr + c, mask=is_c, other=0.0).to(tl.float32)
+        r = sigmoid(dot(x_in, a_weight, start + a_bias, UPCAST))
+        i = sigmoid(dot(x_in, x_weight, start + x_bias, UPCAST))
         inside = is_row & is_c
         # The convolution again for the channels of this block: a tile cannot be cut out of another.
         x = tl.load(conv_bias_ptr + c, mask=inside, other=0.0).to(tl.float32)

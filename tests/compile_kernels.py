@@ -127,7 +127,9 @@ def main() -> None:
             facts = {"kernel": name, "target": target_name, "warps": warps, "shared": compiled.metadata.shared}
             if target.backend == "cuda":
                 facts |= registers(compiled, target_name.replace("90", "90a"))
-                facts["asynchronous loads"] = compiled.asm["ptx"].count("cp.async.cg") + compiled.asm["ptx"].count("cp.async.ca")
+                facts["asynchronous loads"] = compiled.asm["ptx"].count("cp.async.cg") + compiled.asm["ptx"].count(
+                    "cp.async.ca"
+                )
             print(json.dumps(facts), flush=True)
 
 

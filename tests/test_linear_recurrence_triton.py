@@ -8,9 +8,6 @@ import sys
 import pytest
 import torch
 
-from tests.test_linear_recurrence import assert_near, in_float64, make_inputs, make_reset, results
-from tests.triton_interpreter import fast_scan, poisoned  # noqa: F401 (a fixture)
-
 from recurrent_gemma_hf import linear_recurrence_triton as kernels
 from recurrent_gemma_hf.linear_recurrence import (
     linear_recurrence,
@@ -20,6 +17,8 @@ from recurrent_gemma_hf.linear_recurrence import (
     resolve_backend,
 )
 from recurrent_gemma_hf.linear_recurrence_triton import Tile
+from tests.test_linear_recurrence import assert_near, in_float64, make_inputs, make_reset, results
+from tests.triton_interpreter import fast_scan, poisoned  # noqa: F401 (a fixture)
 
 module = sys.modules["recurrent_gemma_hf.linear_recurrence"]
 
@@ -37,7 +36,18 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(kernels, "WANTED_PROGRAMS", 5)
 
 
-SHAPES = [(1, 1, 1), (2, 2, 3), (1, 3, 4), (2, 4, 5), (1, 5, 9), (3, 13, 1), (2, 31, 6), (1, 32, 4), (1, 33, 4), (1, 97, 2)]
+SHAPES = [
+    (1, 1, 1),
+    (2, 2, 3),
+    (1, 3, 4),
+    (2, 4, 5),
+    (1, 5, 9),
+    (3, 13, 1),
+    (2, 31, 6),
+    (1, 32, 4),
+    (1, 33, 4),
+    (1, 97, 2),
+]
 
 
 @pytest.mark.parametrize("with_resets", [False, True])
@@ -57,7 +67,9 @@ def test_the_tiles_of_the_gpu_equal_the_loop(shape, dtype):
     assert kernels._segments(shape[0], shape[1], kernels.FORWARD_TILE.time)[0] > 1
     expected = results(linear_recurrence_reference, in_float64(inputs), reset_BT=reset)
     actual = results(linear_recurrence_triton, inputs, reset_BT=reset, output_dtype=torch.float32)
-    assert_near({name: actual[name] for name in ("h", "h_last")}, {name: expected[name] for name in ("h", "h_last")}, 1e-6)
+    assert_near(
+        {name: actual[name] for name in ("h", "h_last")}, {name: expected[name] for name in ("h", "h_last")}, 1e-6
+    )
     assert_near(actual, expected, torch.finfo(dtype).eps if dtype != torch.float32 else 1e-6)
 
 

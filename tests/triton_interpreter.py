@@ -8,7 +8,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton", reason="the kernels are written in Triton: install the `test` extra")
-from triton.runtime import interpreter  # noqa: E402 (where triton is missing, the line above skips)
+from triton.runtime import interpreter
 
 
 def _scan_by_rows(self, inputs):

@@ -465,7 +465,7 @@ def triton_refusal(device: torch.device) -> str | None:
     if device.type == "cuda" and torch.version.cuda is not None and torch.cuda.is_available():
         capability = torch.cuda.get_device_capability(device)
         if capability < (8, 0):
-            return f"needs an NVIDIA GPU of compute capability 8.0 or newer, and {device} has {capability}: use a newer one"
+            return f"needs compute capability 8.0 or newer, and {device} has {capability}: use a newer GPU"
     return None
 
 

@@ -1,8 +1,8 @@
 """The linear recurrence on a GPU, in Triton: `linear_recurrence` of linear_recurrence.py, forward and backward.
 
-Time is cut into segments, as many as it takes to fill the GPU (`_segments`). With one segment, a program owns a block of
-channels of one row and walks through time tile by tile: each input is read once, each result written once, 6 bytes per
-element in bfloat16 forward and 10 backward. With several, each segment first finds what it makes of the state that
+Time is cut into segments, as many as it takes to fill the GPU (`_segments`). With one segment, a program owns a block
+of channels of one row and walks through time tile by tile: each input is read once, each result written once, 6 bytes
+per element in bfloat16 forward and 10 backward. With several, each segment first finds what it makes of the state that
 enters it, h -> decay * h + end, reading x and a once more (from the second-level cache, where they fit); then every
 segment composes the summaries of those before it, a few vectors, and walks through its own time.
 
@@ -28,6 +28,11 @@ except ImportError as error:
     raise ImportError('backend "triton" needs the triton package: pip install triton') from error
 
 # As in linear_recurrence.py: each copy of this file registers operators under its own name.
+__all__ = [
+    "adjoint_scan", "allocate", "compose", "compose_summaries", "finite", "last_row", "on_device", "pointer",
+    "rows_of_channels", "scan", "scan_backward", "tl", "triton",
+]  # fmt: skip
+
 _NAMESPACE = re.sub(r"\W", "_", __name__, flags=re.ASCII)
 
 
@@ -267,7 +272,8 @@ def _prepare(x_BTD: Tensor, a_BTD: Tensor, reset_BT: Tensor | None, tile: Tile, 
         reset_BT = reset_BT.view(torch.uint8)
     blocks = -(-D // tile.channels)
     S, steps = _segments(blocks * B, T, tile.time)
-    summaries = [allocate((B, S, D) if S > 1 else (1, 1, 1), torch.float32, device) for _ in range(2)]
+    shape = (B, S, D) if S > 1 else (1, 1, 1)
+    summaries = allocate(shape, torch.float32, device), allocate(shape, torch.float32, device)
     sizes = (T, D, S, steps, *_strides(x_BTD), *_strides(a_BTD), *_strides(reset_BT))
     walk = _Walk(x_BTD, a_BTD, reset_BT, *summaries, (blocks, S, B), sizes)
     if S > 1:
@@ -362,7 +368,7 @@ def scan_backward(
     reset_BT: Tensor | None,
     dx_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x (in `dx_dtype`), a and h0 in one pass. Not differentiable itself: `_scan_gradient` sees to that."""
+    """Gradients of x (in `dx_dtype`), a and h0 in one pass. Not differentiable itself: see `_scan_gradient`."""
     return _launch_backward(dh_BTD, dh_last_BD, a_BTD, h_BTD, h0_BD, reset_BT, dx_dtype)
 
 

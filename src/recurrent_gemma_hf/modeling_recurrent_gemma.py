@@ -379,7 +379,7 @@ class RecurrentGemmaRglru(nn.Module):
         step: Step,
         h0_BD: torch.Tensor | None,
         kernel: Callable[[RecurrentBlockParameters], Any] | None = None,
-        conv: tuple[torch.Tensor, torch.Tensor] = (),
+        conv: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> Any:
         """The states (B, T, D) and the last one (B, D), both in float32 (float64 for float64).
 
@@ -388,7 +388,8 @@ class RecurrentGemmaRglru(nn.Module):
         if kernel is not None:
             return kernel(
                 RecurrentBlockParameters(
-                    *conv,
+                    conv[0],
+                    conv[1],
                     self.recurrent_gate_weight,
                     self.recurrent_gate_bias,
                     self.input_gate_weight,

@@ -1,8 +1,8 @@
 """The inside of the recurrent block on a GPU, in Triton: `recurrent_block` of recurrent_block.py.
 
 Forward, one kernel: a program owns a row, a segment of time and a block of channels of one head. Tile by tile it
-convolves the whole head (its gates read all of it), multiplies with its columns of both gate matrices, which stay on the
-chip, scans, gates with gelu(y) and writes. Nothing but the inputs and the state that enters each tile is kept.
+convolves the whole head (its gates read all of it), multiplies with its columns of both gate matrices, which stay on
+the chip, scans, gates with gelu(y) and writes. Nothing but the inputs and the state that enters each tile is kept.
 
 Backward, by recomputation: one kernel walks back through time, tile by tile, recomputes the tile forward from its kept
 state and writes the gradients of y and of everything in front of the scan; matrix products (of torch) take those of the
@@ -33,15 +33,16 @@ from .linear_recurrence_triton import (
     on_device,
     pointer,
     rows_of_channels,
+    tl,
     triton,
 )
-
-tl = triton.language
 
 _NAMESPACE = re.sub(r"\W", "_", __name__, flags=re.ASCII)
 
 RG_LRU_C = tl.constexpr(8.0)  # c of equation 3: log a = -c r softplus(Lambda)
-MIN_4X_IN_SQRT_GRADIENT = tl.constexpr(1e-6)  # the official code divides the gradient of sqrt(x) by sqrt(max(4 x, this))
+MIN_4X_IN_SQRT_GRADIENT = tl.constexpr(
+    1e-6
+)  # the official code divides the gradient of sqrt(x) by sqrt(max(4 x, this))
 
 
 # ---------------------------------------------------------------- launch configuration: all of it
@@ -132,7 +133,7 @@ def gate_weights(weight_ptr, head, d, outer, is_c, HEAD: tl.constexpr, CHUNK: tl
     for chunk in tl.static_range(HEAD // CHUNK):
         inner = chunk * CHUNK + tl.arange(0, CHUNK)[:, None]
         at = head * d * d + inner * d + outer[None, :]
-        blocks = blocks + (tl.load(weight_ptr + at, mask=(inner < d) & is_c, other=0.0),)
+        blocks = blocks + (tl.load(weight_ptr + at, mask=(inner < d) & is_c, other=0.0),)  # type: ignore[assignment]  # noqa: RUF005
     return blocks
 
 
@@ -396,8 +397,8 @@ def conv_kernel(
     b = tl.program_id(2).to(tl.int64)
     t = (tl.program_id(1) * TIME + tl.arange(0, TIME)[:, None]).to(tl.int64)
     out = convolve(
-        u_ptr + b * u_stride_B, context_ptr + b * context_stride_B, reach_ptr + b * reach_stride_B, weight_ptr, bias_ptr,
-        u_stride_T, context_stride_T, t, T, c, c < D, D, K, HAS_CONTEXT, HAS_REACH,
+        u_ptr + b * u_stride_B, context_ptr + b * context_stride_B, reach_ptr + b * reach_stride_B,
+        weight_ptr, bias_ptr, u_stride_T, context_stride_T, t, T, c, c < D, D, K, HAS_CONTEXT, HAS_REACH,
     )  # fmt: skip
     tl.store(out_ptr + (b * T + t) * D + c, out.to(out_ptr.dtype.element_ty), mask=(t < T) & (c < D))
 
@@ -611,7 +612,13 @@ def _plan(block: _Block, tiles: tuple[Tile, Tile]) -> _Plan:
     channels = min(tile.channels, padded(d))
     blocks = -(-d // channels)
     S, steps = _segments(B * (D // d) * blocks, T, tile.time)
-    constants = {"HEAD": padded(d), "CHUNK": min(CHUNK, padded(d)), "TIME": tile.time, "CHANNELS": channels, "UPCAST": _is_interpreted()}
+    constants = {
+        "HEAD": padded(d),
+        "CHUNK": min(CHUNK, padded(d)),
+        "TIME": tile.time,
+        "CHANNELS": channels,
+        "UPCAST": _is_interpreted(),
+    }
     return _Plan(blocks, S, steps, -(-T // tile.time), constants, tile.warps)
 
 
@@ -780,8 +787,9 @@ def block_backward(
     prepared = _Block.prepare(u_BTD, y_BTD, context_BCD, parameters, (reset_BT, hold_BT, reach_BTK))
     du, dy, dcontext, dh0_BD, gradients = _block_gradients(prepared, dout_BTD, dlast_BD, carries_BMD)
     # Copies, where nothing is cast: an operator's results share no memory.
-    gradients = (grad.to(parameter.dtype, copy=True) for grad, parameter in zip(gradients, parameters, strict=True))
-    return [du, dy, dh0_BD, *gradients, *([] if dcontext is None else [dcontext])]
+    pairs = zip(gradients, parameters, strict=True)
+    copies = [gradient.to(parameter.dtype, copy=True) for gradient, parameter in pairs]
+    return [du, dy, dh0_BD, *copies, *([] if dcontext is None else [dcontext])]
 
 
 @block_backward.register_fake
@@ -881,7 +889,9 @@ def conv(
     return out_BTD
 
 
-def _conv_inputs(u: Tensor, context: Tensor | None, reach: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def _conv_inputs(
+    u: Tensor, context: Tensor | None, reach: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     return (
         rows_of_channels(u),
         None if context is None else rows_of_channels(context),

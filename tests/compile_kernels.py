@@ -1,11 +1,12 @@
 """Compiles Triton kernels for GPUs that are not here, and says what they take.
 
-    python tests/compile_kernels.py [name part ...]
+    python tests/compile_kernels.py [--targets sm_90,sm_80,gfx942] [part of a name ...]
 
 Run as a program, because it needs the compiler where the tests need the interpreter. One JSON line per kernel and
 target: registers and spilled bytes per thread (by NVIDIA's assembler, which comes with triton), shared memory.
 """
 
+import argparse
 import json
 import os
 import re
@@ -29,6 +30,8 @@ TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+# Spilled bytes per thread (stores and loads) that are known and written down in benchmarks/LOG.md; others: 16.
+TOLERATED = {"block_kernel": 700, "block_backward_kernel": 1200}
 POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.uint8: "*u8"}
 
 
@@ -42,16 +45,16 @@ def signature_of(kernel, constants: dict, dtypes: dict) -> dict[str, str]:
     }  # fmt: skip
 
 
-def compile_kernel(kernel, target: GPUTarget, constants: dict, dtypes: dict, warps: int, odd: tuple[str, ...] = ()):
-    """`odd`: the sizes that are no multiple of 16; all other sizes and addresses are, as at the published shapes."""
+def compile_kernel(kernel, target: GPUTarget, constants: dict, dtypes: dict, warps: int):
+    """With all sizes and addresses multiples of 16, as at the published shapes."""
     signature = signature_of(kernel, constants, dtypes)
     aligned = {
         (index,): [["tt.divisibility", 16]]
         for index, name in enumerate(kernel.arg_names)
-        if name not in constants and name not in odd
+        if name not in constants
     }
     source = ASTSource(kernel, signature, constants, aligned)
-    return triton.compile(source, target=target, options={"num_warps": warps, "enable_fp_fusion": True})
+    return triton.compile(source, target=target, options={"num_warps": warps, "num_stages": 1, "enable_fp_fusion": True})
 
 
 def registers(compiled, capability: str) -> dict[str, int]:
@@ -119,17 +122,19 @@ def cases():
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--targets", default=",".join(TARGETS))
+    parser.add_argument("parts", nargs="*")
+    options = parser.parse_args()
     for name, kernel, dtypes, constants, warps in cases():
-        if not all(part in name for part in sys.argv[1:]):
+        if not all(part in name for part in options.parts):
             continue
-        for target_name, target in TARGETS.items():
-            compiled = compile_kernel(kernel, target, constants, dtypes, warps)
-            facts = {"kernel": name, "target": target_name, "warps": warps, "shared": compiled.metadata.shared}
-            if target.backend == "cuda":
-                facts |= registers(compiled, target_name.replace("90", "90a"))
-                facts["asynchronous loads"] = compiled.asm["ptx"].count("cp.async.cg") + compiled.asm["ptx"].count(
-                    "cp.async.ca"
-                )
+        for target in options.targets.split(","):
+            compiled = compile_kernel(kernel, TARGETS[target], constants, dtypes, warps)
+            facts = {"kernel": name, "function": kernel.fn.__name__, "target": target, "warps": warps}
+            facts |= {"shared": compiled.metadata.shared, "tolerated": TOLERATED.get(kernel.fn.__name__, 16)}
+            if TARGETS[target].backend == "cuda":
+                facts |= registers(compiled, target.replace("90", "90a"))
             print(json.dumps(facts), flush=True)
 
 

@@ -211,21 +211,21 @@ class TestChoice:
     @pytest.mark.parametrize("device", ["cpu", "mps"])
     def test_refused_where_it_cannot_run(self, device, monkeypatch):
         monkeypatch.delenv("TRITON_INTERPRET")
-        module.triton_refusal.cache_clear()
+        module._triton_refusal.cache_clear()
         x = torch.zeros(1, 2, 1)
         with pytest.raises(ValueError, match=rf"'triton' does not run on {device}: move the inputs to one of \('cuda'"):
             resolve_backend("triton", device, torch.float32)
         with pytest.raises(ValueError, match="'triton' does not run on cpu"):
             linear_recurrence(x, x, backend="triton")
-        module.triton_refusal.cache_clear()
+        module._triton_refusal.cache_clear()
 
     def test_refused_without_the_package(self, monkeypatch):
-        module.triton_refusal.cache_clear()
+        module._triton_refusal.cache_clear()
         monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
         with pytest.raises(ValueError, match="'triton' needs the triton package: pip install triton, or choose"):
             resolve_backend("triton", "cuda", torch.float32)
         assert resolve_backend("auto", "cuda", torch.float32) == "chunked"
-        module.triton_refusal.cache_clear()
+        module._triton_refusal.cache_clear()
 
     def test_float64_is_refused(self):
         with pytest.raises(ValueError, match=r"'triton' does not take dtype torch.float64"):

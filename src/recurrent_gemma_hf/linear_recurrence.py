@@ -450,12 +450,17 @@ def linear_recurrence_triton(
     return scan(x_BTD, a_BTD, h0_BD, reset_BT, output_dtype)
 
 
-@functools.cache
+@torch.compiler.assume_constant_result
 def triton_refusal(device: torch.device) -> str | None:
     """Why Triton kernels cannot run on a device and what to do about it, or None if they can.
 
     With TRITON_INTERPRET=1 in the environment they run on a CPU too, very slowly: that is for tests.
     """
+    return _triton_refusal(device)
+
+
+@functools.cache
+def _triton_refusal(device: torch.device) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "needs the triton package: pip install triton"
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":

@@ -29,7 +29,7 @@ except ImportError as error:
 
 # As in linear_recurrence.py: each copy of this file registers operators under its own name.
 __all__ = [
-    "adjoint_scan", "allocate", "compose", "compose_summaries", "finite", "last_row", "on_device", "pointer",
+    "OPTIONS", "adjoint_scan", "allocate", "compose", "compose_summaries", "finite", "last_row", "on_device", "pointer",
     "rows_of_channels", "scan", "scan_backward", "tl", "triton",
 ]  # fmt: skip
 
@@ -57,6 +57,11 @@ BACKWARD_TILE = Tile(32, 64, 4, 2)
 # bits on every GPU.
 WANTED_PROGRAMS = 264
 MAX_SEGMENTS = 32
+
+
+# Products and sums in one rounding; and no loads ahead of time but where a loop asks for them by its own `num_stages`:
+# by default Triton keeps three copies of everything that a matrix product reads.
+OPTIONS = {"enable_fp_fusion": True, "num_stages": 1}
 
 
 def _segments(blocks: int, T: int, tile_time: int) -> tuple[int, int]:
@@ -244,8 +249,12 @@ def allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -
 
 
 def rows_of_channels(x_BTD: Tensor) -> Tensor:
-    """The kernels take any stride of batch and time, but neighbouring channels next to each other."""
-    return x_BTD if x_BTD.stride(-1) == 1 or x_BTD.shape[-1] == 1 else x_BTD.contiguous()
+    """The kernels take any stride of batch and time, but neighbouring channels next to each other.
+
+    And time at strides such that offsets within a tile have 32 bits.
+    """
+    is_row = x_BTD.stride(-1) == 1 or x_BTD.shape[-1] == 1
+    return x_BTD if is_row and x_BTD.stride(-2) < 2**23 else x_BTD.contiguous()
 
 
 def _strides(tensor: Tensor | None) -> tuple[int, int]:
@@ -283,7 +292,7 @@ def _prepare(x_BTD: Tensor, a_BTD: Tensor, reset_BT: Tensor | None, tile: Tile, 
                 x_BTD, a_BTD, pointer(reset_BT, x_BTD), *summaries, *sizes,
                 REVERSE=reverse, HAS_RESET=reset_BT is not None,
                 TIME=small.time, CHANNELS=small.channels, STAGES=small.stages, num_warps=small.warps,
-                enable_fp_fusion=True,
+                **OPTIONS,
             )  # fmt: skip
     return walk
 
@@ -315,7 +324,7 @@ def _launch_scan(
             walk.x_BTD, walk.a_BTD, pointer(walk.reset_BT, x_BTD), pointer(h0_BD, x_BTD),
             walk.decay_BSD, walk.end_BSD, h_BTD, last_BD, *walk.sizes,
             REVERSE=reverse, HAS_RESET=reset_BT is not None, HAS_H0=h0_BD is not None,
-            TIME=tile.time, CHANNELS=tile.channels, STAGES=tile.stages, num_warps=tile.warps, enable_fp_fusion=True,
+            TIME=tile.time, CHANNELS=tile.channels, STAGES=tile.stages, num_warps=tile.warps, **OPTIONS,
         )  # fmt: skip
     return h_BTD, last_BD
 
@@ -336,7 +345,7 @@ def _launch_backward(
             walk.x_BTD, walk.a_BTD, pointer(walk.reset_BT, a_BTD), h_BTD.contiguous(), pointer(h0_BD, a_BTD),
             dh_last_BD.contiguous(), walk.decay_BSD, walk.end_BSD, dx_BTD, da_BTD, dh0_BD, *walk.sizes,
             HAS_RESET=reset_BT is not None, HAS_H0=h0_BD is not None,
-            TIME=tile.time, CHANNELS=tile.channels, STAGES=tile.stages, num_warps=tile.warps, enable_fp_fusion=True,
+            TIME=tile.time, CHANNELS=tile.channels, STAGES=tile.stages, num_warps=tile.warps, **OPTIONS,
         )  # fmt: skip
     return dx_BTD, da_BTD, dh0_BD
 

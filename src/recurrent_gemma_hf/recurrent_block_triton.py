@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from .linear_recurrence_triton import (
+    OPTIONS,
     allocate,
     compose,
     compose_summaries,
@@ -109,19 +110,26 @@ def dot(x, weight, total, UPCAST: tl.constexpr):
 
 @triton.jit
 def convolve(
-    u_ptr, context_ptr, reach_ptr, weight_ptr, bias_ptr, u_stride, context_stride, t, T, c, is_channel, D,
+    u_ptr, context_ptr, reach_ptr, weight_ptr, bias_ptr, u_stride, context_stride, start, row, T, c, is_channel, D,
     K: tl.constexpr, HAS_CONTEXT: tl.constexpr, HAS_REACH: tl.constexpr,
 ):  # fmt: skip
-    """The causal convolution at times t (steps, 1) and channels c (1, channels); weight (K, D). float32."""
-    out = tl.load(bias_ptr + c, mask=is_channel, other=0.0).to(tl.float32) + tl.zeros_like(t).to(tl.float32)
+    """The causal convolution at times start + row, row (steps, 1), and channels c (1, channels); weight (K, D).
+
+    float32. Within a tile offsets have 32 bits (see `rows_of_channels`): wider ones would take registers for each.
+    """
+    u_ptr += tl.cast(start, tl.int64) * u_stride
+    reach_ptr += tl.cast(start, tl.int64) * K
+    out = tl.load(bias_ptr + c, mask=is_channel, other=0.0).to(tl.float32) + tl.zeros_like(row).to(tl.float32)
     for tap in tl.static_range(K):
-        s = t + tap - (K - 1)
-        x = tl.load(u_ptr + s * u_stride + c, mask=(s >= 0) & (s < T) & is_channel, other=0.0).to(tl.float32)
+        back = row + (tap - (K - 1))
+        s = start + back
+        x = tl.load(u_ptr + back * u_stride + c, mask=(s >= 0) & (s < T) & is_channel, other=0.0).to(tl.float32)
         if HAS_CONTEXT:
             before = context_ptr + (s + K - 1) * context_stride + c
-            x += tl.load(before, mask=(s < 0) & is_channel, other=0.0).to(tl.float32)
+            x += tl.load(before, mask=(s < 0) & (s > -K) & is_channel, other=0.0).to(tl.float32)
         if HAS_REACH:
-            x *= tl.load(reach_ptr + t * K + tap, mask=t < T, other=0.0).to(tl.float32)
+            is_time = (start + row >= 0) & (start + row < T)
+            x *= tl.load(reach_ptr + row * K + tap, mask=is_time, other=0.0).to(tl.float32)
         out += x * tl.load(weight_ptr + tap * D + c, mask=is_channel, other=0.0).to(tl.float32)
     return out
 
@@ -139,7 +147,7 @@ def gate_weights(weight_ptr, head, d, outer, is_c, HEAD: tl.constexpr, CHUNK: tl
 
 @triton.jit
 def gates(
-    u_ptr, context_ptr, reach_ptr, weight_ptr, bias_ptr, u_stride, context_stride, t, T, head, d, D,
+    u_ptr, context_ptr, reach_ptr, weight_ptr, bias_ptr, u_stride, context_stride, start, row, T, head, d, D,
     a_weights, x_weights, a_bias, x_bias,
     K: tl.constexpr, HAS_CONTEXT: tl.constexpr, HAS_REACH: tl.constexpr, UPCAST: tl.constexpr,
     HEAD: tl.constexpr, CHUNK: tl.constexpr, TIME: tl.constexpr, CHANNELS: tl.constexpr,
@@ -151,7 +159,7 @@ def gates(
         inner = chunk * CHUNK + tl.arange(0, CHUNK)[None, :]
         x = convolve(
             u_ptr, context_ptr, reach_ptr, weight_ptr, bias_ptr, u_stride, context_stride,
-            t, T, head * d + inner, inner < d, D, K, HAS_CONTEXT, HAS_REACH,
+            start, row, T, head * d + inner, inner < d, D, K, HAS_CONTEXT, HAS_REACH,
         ).to(u_ptr.dtype.element_ty)  # fmt: skip
         r = dot(x, a_weights[chunk], r, UPCAST)
         i = dot(x, x_weights[chunk], i, UPCAST)
@@ -215,6 +223,7 @@ def block_kernel(
     a_bias = tl.load(a_bias_ptr + c, mask=is_c, other=0.0).to(tl.float32)
     x_bias = tl.load(x_bias_ptr + c, mask=is_c, other=0.0).to(tl.float32)
     softplus = tl.load(softplus_ptr + c, mask=is_c, other=0.0)
+    row = tl.arange(0, TIME)[:, None]
 
     if SUMMARY:
         h = tl.zeros((CHANNELS,), tl.float32)
@@ -226,15 +235,15 @@ def block_kernel(
         h = compose_summaries(h, decay_ptr, end_ptr, b, segment, S, D, channel)
 
     for start in range(segment * steps, segment * steps + steps, TIME):
-        t = (start + tl.arange(0, TIME)[:, None]).to(tl.int64)
+        t = (start + row).to(tl.int64)
         r, i = gates(
             u_ptr, context_ptr, reach_ptr, conv_weight_ptr, conv_bias_ptr, u_stride_T, context_stride_T,
-            t, T, head, d, D, a_weights, x_weights, a_bias, x_bias,
+            start, row, T, head, d, D, a_weights, x_weights, a_bias, x_bias,
             K, HAS_CONTEXT, HAS_REACH, UPCAST, HEAD, CHUNK, TIME, CHANNELS,
         )  # fmt: skip
         x = convolve(
             u_ptr, context_ptr, reach_ptr, conv_weight_ptr, conv_bias_ptr, u_stride_T, context_stride_T,
-            t, T, c, is_c, D, K, HAS_CONTEXT, HAS_REACH,
+            start, row, T, c, is_c, D, K, HAS_CONTEXT, HAS_REACH,
         )  # fmt: skip
         is_held = flag(hold_ptr, t, T, HAS_HOLD) | (t >= T)  # nothing happens behind the end
         a, _, gated, _, _ = coefficients(r, i, x, softplus, flag(reset_ptr, t, T, HAS_RESET), is_held)
@@ -322,12 +331,12 @@ def block_backward_kernel(
         is_time = (t >= 0) & (t < T)
         r, i = gates(
             u_ptr, context_ptr, reach_ptr, conv_weight_ptr, conv_bias_ptr, u_stride_T, context_stride_T,
-            tl.maximum(t, 0), T, head, d, D, a_weights, x_weights, a_bias, x_bias,
+            start, row, T, head, d, D, a_weights, x_weights, a_bias, x_bias,
             K, HAS_CONTEXT, HAS_REACH, UPCAST, HEAD, CHUNK, TIME, CHANNELS,
         )  # fmt: skip
         x = convolve(
             u_ptr, context_ptr, reach_ptr, conv_weight_ptr, conv_bias_ptr, u_stride_T, context_stride_T,
-            tl.maximum(t, 0), T, c, is_c, D, K, HAS_CONTEXT, HAS_REACH,
+            start, row, T, c, is_c, D, K, HAS_CONTEXT, HAS_REACH,
         )  # fmt: skip
         is_reset = flag(reset_ptr, t, T, HAS_RESET)
         is_held = flag(hold_ptr, t, T, HAS_HOLD) | (is_time == 0)
@@ -395,10 +404,11 @@ def conv_kernel(
     """The depthwise causal convolution by itself, (B, T, D)."""
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)[None, :]
     b = tl.program_id(2).to(tl.int64)
-    t = (tl.program_id(1) * TIME + tl.arange(0, TIME)[:, None]).to(tl.int64)
+    start, row = tl.program_id(1) * TIME, tl.arange(0, TIME)[:, None]
+    t = (start + row).to(tl.int64)
     out = convolve(
         u_ptr + b * u_stride_B, context_ptr + b * context_stride_B, reach_ptr + b * reach_stride_B,
-        weight_ptr, bias_ptr, u_stride_T, context_stride_T, t, T, c, c < D, D, K, HAS_CONTEXT, HAS_REACH,
+        weight_ptr, bias_ptr, u_stride_T, context_stride_T, start, row, T, c, c < D, D, K, HAS_CONTEXT, HAS_REACH,
     )  # fmt: skip
     tl.store(out_ptr + (b * T + t) * D + c, out.to(out_ptr.dtype.element_ty), mask=(t < T) & (c < D))
 
@@ -452,6 +462,25 @@ def conv_backward_kernel(
 
 
 @triton.jit
+def convolve_step(
+    u_ptr, conv_state_ptr, reach_ptr, weight_ptr, bias_ptr, u_stride_B, state_stride_B, state_stride_T, state_stride_D,
+    reach_stride_B, b, c, is_row, is_channel, D, K: tl.constexpr, HAS_REACH: tl.constexpr,
+):  # fmt: skip
+    """The convolution of one token for rows b (rows, 1) and channels c (1, channels). float32."""
+    out = tl.load(bias_ptr + c, mask=is_channel, other=0.0).to(tl.float32) + tl.zeros_like(b).to(tl.float32)
+    for tap in tl.static_range(K):
+        if tap == K - 1:
+            pointers = u_ptr + b * u_stride_B + c
+        else:
+            pointers = conv_state_ptr + b * state_stride_B + tap * state_stride_T + c * state_stride_D
+        seen = tl.load(pointers, mask=is_row & is_channel, other=0.0).to(tl.float32)
+        if HAS_REACH:
+            seen *= tl.load(reach_ptr + b * reach_stride_B + tap, mask=is_row, other=0.0).to(tl.float32)
+        out += seen * tl.load(weight_ptr + tap * D + c, mask=is_channel, other=0.0).to(tl.float32)
+    return out
+
+
+@triton.jit
 def decode_kernel(
     u_ptr, y_ptr, conv_state_ptr, h_ptr, reset_ptr, hold_ptr, reach_ptr, conv_weight_ptr, conv_bias_ptr,
     a_weight_ptr, a_bias_ptr, x_weight_ptr, x_bias_ptr, softplus_ptr, out_ptr,
@@ -472,17 +501,10 @@ def decode_kernel(
     is_held = tl.load(hold_ptr + b * hold_stride_B, mask=is_row, other=0) != 0 if HAS_HOLD else b < 0
     is_reset = tl.load(reset_ptr + b * reset_stride_B, mask=is_row, other=0) != 0 if HAS_RESET else b < 0
 
-    x_in = tl.load(conv_bias_ptr + c_in, mask=is_in, other=0.0).to(tl.float32)
-    for tap in tl.static_range(K):
-        if tap == K - 1:
-            seen = tl.load(u_ptr + b * u_stride_B + c_in, mask=is_in, other=0.0).to(tl.float32)
-        else:
-            state = conv_state_ptr + b * state_stride_B + tap * state_stride_T + c_in * state_stride_D
-            seen = tl.load(state, mask=is_in, other=0.0).to(tl.float32)
-        if HAS_REACH:
-            seen *= tl.load(reach_ptr + b * reach_stride_B + tap, mask=is_row, other=0.0).to(tl.float32)
-        x_in += seen * tl.load(conv_weight_ptr + tap * D + c_in, mask=(inner < d)[None, :], other=0.0).to(tl.float32)
-    x_in = x_in.to(u_ptr.dtype.element_ty)
+    x_in = convolve_step(
+        u_ptr, conv_state_ptr, reach_ptr, conv_weight_ptr, conv_bias_ptr, u_stride_B, state_stride_B, state_stride_T,
+        state_stride_D, reach_stride_B, b, c_in, is_row, (inner < d)[None, :], D, K, HAS_REACH,
+    ).to(u_ptr.dtype.element_ty)  # fmt: skip
 
     for block in range(0, d, CHANNELS):
         outer = block + tl.arange(0, CHANNELS)
@@ -498,16 +520,10 @@ def decode_kernel(
         i = sigmoid(dot(x_in, x_weight, start + x_bias, UPCAST))
         inside = is_row & is_c
         # The convolution again for the channels of this block: a tile cannot be cut out of another.
-        x = tl.load(conv_bias_ptr + c, mask=inside, other=0.0).to(tl.float32)
-        for tap in tl.static_range(K):
-            if tap == K - 1:
-                seen = tl.load(u_ptr + b * u_stride_B + c, mask=inside, other=0.0).to(tl.float32)
-            else:
-                state = conv_state_ptr + b * state_stride_B + tap * state_stride_T + c * state_stride_D
-                seen = tl.load(state, mask=inside, other=0.0).to(tl.float32)
-            if HAS_REACH:
-                seen *= tl.load(reach_ptr + b * reach_stride_B + tap, mask=is_row, other=0.0).to(tl.float32)
-            x += seen * tl.load(conv_weight_ptr + tap * D + c, mask=is_c, other=0.0).to(tl.float32)
+        x = convolve_step(
+            u_ptr, conv_state_ptr, reach_ptr, conv_weight_ptr, conv_bias_ptr, u_stride_B, state_stride_B,
+            state_stride_T, state_stride_D, reach_stride_B, b, c, is_row, is_c, D, K, HAS_REACH,
+        )  # fmt: skip
         softplus = tl.load(softplus_ptr + c, mask=is_c, other=0.0)
         a, _, gated, _, _ = coefficients(r, i, x, softplus, is_reset, is_held)
         h = a * tl.load(h_ptr + b * h_stride_B + c, mask=inside, other=0.0) + gated
@@ -647,8 +663,8 @@ def _launch_block(block: _Block, h0_BD: Tensor | None) -> tuple[Tensor, Tensor, 
     programs = D // block.width * plan.blocks
     with on_device(block.u_BTD):
         if plan.S > 1:
-            block_kernel[(programs, plan.S - 1, B)](*arguments, SUMMARY=True, enable_fp_fusion=True, **constants)
-        block_kernel[(programs, plan.S, B)](*arguments, SUMMARY=False, enable_fp_fusion=True, **constants)
+            block_kernel[(programs, plan.S - 1, B)](*arguments, SUMMARY=True, **OPTIONS, **constants)
+        block_kernel[(programs, plan.S, B)](*arguments, SUMMARY=False, **OPTIONS, **constants)
     return out_BTD, last_BD, carries_BMD
 
 
@@ -669,7 +685,7 @@ def _launch_scan_backward(
         T, D, block.width, plan.S, plan.M, plan.steps, plan.blocks,
         *dout_BTD.stride()[:2], *block.u_BTD.stride()[:2], *block.y_BTD.stride()[:2], *block.row_strides,
     ]  # fmt: skip
-    constants = {**block.constants, **plan.constants, "num_warps": plan.warps, "enable_fp_fusion": True}
+    constants = {**block.constants, **plan.constants, "num_warps": plan.warps, **OPTIONS}
     programs = D // block.width * plan.blocks
     with on_device(block.u_BTD):
         if plan.S > 1:
@@ -696,7 +712,7 @@ def _launch_conv_backward(
             T, D, S, steps, *dout_BTD.stride()[:2], *u_BTD.stride()[:2], *context_strides, reach_stride,
             HAS_CONTEXT=context_BCD is not None, HAS_REACH=reach_BTK is not None, K=K,
             SUMS=triton.next_power_of_2(K + 1), TIME=tile.time, CHANNELS=tile.channels, num_warps=tile.warps,
-            enable_fp_fusion=True,
+            **OPTIONS,
         )  # fmt: skip
     sums_KD = sums_BSKD.sum((0, 1))
     return du_BTD, dcontext_BCD, sums_KD[:K], sums_KD[K]
@@ -857,7 +873,7 @@ def decode(
             h_BD.stride(0), *strides,
             HAS_RESET=reset is not None, HAS_HOLD=hold is not None, HAS_REACH=reach_BK is not None,
             UPCAST=_is_interpreted(), K=conv_weight_KD.shape[0], HEAD=padded(d), ROWS=tile.time,
-            CHANNELS=min(tile.channels, padded(d)), num_warps=tile.warps, enable_fp_fusion=True,
+            CHANNELS=min(tile.channels, padded(d)), num_warps=tile.warps, **OPTIONS,
         )  # fmt: skip
     return out_BD
 
@@ -884,7 +900,7 @@ def conv(
             u_BTD, pointer(context_BCD, u_BTD), pointer(reach_BTK, u_BTD), weight_KD.contiguous(), bias_D.contiguous(),
             out_BTD, T, D, *u_BTD.stride()[:2], *context_strides, reach_stride,
             HAS_CONTEXT=context_BCD is not None, HAS_REACH=reach_BTK is not None, K=weight_KD.shape[0],
-            TIME=tile.time, CHANNELS=tile.channels, num_warps=tile.warps, enable_fp_fusion=True,
+            TIME=tile.time, CHANNELS=tile.channels, num_warps=tile.warps, **OPTIONS,
         )  # fmt: skip
     return out_BTD
 

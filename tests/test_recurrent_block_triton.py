@@ -347,6 +347,7 @@ def test_one_graph(model):
     torch._dynamo.reset()
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # PEFT asks for it
 def test_adapters_on_linear_layers_and_gates(model):
     """PEFT puts its own module around rg_lru and parametrizes the gates: the kernels see the sum."""
     peft = pytest.importorskip("peft", reason="PEFT comes with the `test` extra")

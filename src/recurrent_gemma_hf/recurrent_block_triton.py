@@ -135,13 +135,13 @@ def convolve(
 
 
 @triton.jit
-def gate_weights(weight_ptr, head, d, outer, is_c, HEAD: tl.constexpr, CHUNK: tl.constexpr):
-    """A head's columns `outer` of a gate's matrix, as a tuple of blocks of CHUNK rows."""
+def gate_weights(weight_ptr, head, d, outer, HEAD: tl.constexpr, CHUNK: tl.constexpr):
+    """A head's columns `outer` of a gate's matrix, as a tuple of transposed blocks, (CHANNELS, CHUNK) each."""
     blocks = ()
     for chunk in tl.static_range(HEAD // CHUNK):
-        inner = chunk * CHUNK + tl.arange(0, CHUNK)[:, None]
-        at = head * d * d + inner * d + outer[None, :]
-        blocks = blocks + (tl.load(weight_ptr + at, mask=(inner < d) & is_c, other=0.0),)  # type: ignore[assignment]  # noqa: RUF005
+        inner = chunk * CHUNK + tl.arange(0, CHUNK)[None, :]
+        at = head * d * d + inner * d + outer[:, None]
+        blocks = blocks + (tl.load(weight_ptr + at, mask=(inner < d) & (outer < d)[:, None], other=0.0),)  # type: ignore[assignment]  # noqa: RUF005
     return blocks
 
 
@@ -152,18 +152,22 @@ def gates(
     K: tl.constexpr, HAS_CONTEXT: tl.constexpr, HAS_REACH: tl.constexpr, UPCAST: tl.constexpr,
     HEAD: tl.constexpr, CHUNK: tl.constexpr, TIME: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """r and i of the channels that the weights belong to, from the convolution of the whole head, chunk by chunk."""
-    r = tl.zeros((TIME, CHANNELS), tl.float32) + a_bias
-    i = tl.zeros((TIME, CHANNELS), tl.float32) + x_bias
+    """r and i of the channels that the weights belong to, from the convolution of the whole head, chunk by chunk.
+
+    Transposed, because a left factor that has been computed would go to the tensor cores through registers, and
+    Triton would then do the whole convolution, once per tap through shared memory, in their layout.
+    """
+    r = tl.zeros((CHANNELS, TIME), tl.float32)
+    i = tl.zeros((CHANNELS, TIME), tl.float32)
     for chunk in tl.static_range(HEAD // CHUNK):
         inner = chunk * CHUNK + tl.arange(0, CHUNK)[None, :]
         x = convolve(
             u_ptr, context_ptr, reach_ptr, weight_ptr, bias_ptr, u_stride, context_stride,
             start, row, T, head * d + inner, inner < d, D, K, HAS_CONTEXT, HAS_REACH,
         ).to(u_ptr.dtype.element_ty)  # fmt: skip
-        r = dot(x, a_weights[chunk], r, UPCAST)
-        i = dot(x, x_weights[chunk], i, UPCAST)
-    return sigmoid(r), sigmoid(i)
+        r = dot(a_weights[chunk], tl.trans(x), r, UPCAST)
+        i = dot(x_weights[chunk], tl.trans(x), i, UPCAST)
+    return sigmoid(tl.trans(r) + a_bias), sigmoid(tl.trans(i) + x_bias)
 
 
 @triton.jit
@@ -218,8 +222,8 @@ def block_kernel(
     hold_ptr += b * hold_stride_B
     reach_ptr += b * reach_stride_B
 
-    a_weights = gate_weights(a_weight_ptr, head, d, outer, is_c, HEAD, CHUNK)
-    x_weights = gate_weights(x_weight_ptr, head, d, outer, is_c, HEAD, CHUNK)
+    a_weights = gate_weights(a_weight_ptr, head, d, outer, HEAD, CHUNK)
+    x_weights = gate_weights(x_weight_ptr, head, d, outer, HEAD, CHUNK)
     a_bias = tl.load(a_bias_ptr + c, mask=is_c, other=0.0).to(tl.float32)
     x_bias = tl.load(x_bias_ptr + c, mask=is_c, other=0.0).to(tl.float32)
     softplus = tl.load(softplus_ptr + c, mask=is_c, other=0.0)
@@ -307,8 +311,8 @@ def block_backward_kernel(
     hold_ptr += b * hold_stride_B
     reach_ptr += b * reach_stride_B
 
-    a_weights = gate_weights(a_weight_ptr, head, d, outer, is_c, HEAD, CHUNK)
-    x_weights = gate_weights(x_weight_ptr, head, d, outer, is_c, HEAD, CHUNK)
+    a_weights = gate_weights(a_weight_ptr, head, d, outer, HEAD, CHUNK)
+    x_weights = gate_weights(x_weight_ptr, head, d, outer, HEAD, CHUNK)
     a_bias = tl.load(a_bias_ptr + c, mask=is_c, other=0.0).to(tl.float32)
     x_bias = tl.load(x_bias_ptr + c, mask=is_c, other=0.0).to(tl.float32)
     softplus = tl.load(softplus_ptr + c, mask=is_c, other=0.0)

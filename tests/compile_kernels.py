@@ -11,7 +11,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -49,12 +48,12 @@ def compile_kernel(kernel, target: GPUTarget, constants: dict, dtypes: dict, war
     """With all sizes and addresses multiples of 16, as at the published shapes."""
     signature = signature_of(kernel, constants, dtypes)
     aligned = {
-        (index,): [["tt.divisibility", 16]]
-        for index, name in enumerate(kernel.arg_names)
-        if name not in constants
+        (index,): [["tt.divisibility", 16]] for index, name in enumerate(kernel.arg_names) if name not in constants
     }
     source = ASTSource(kernel, signature, constants, aligned)
-    return triton.compile(source, target=target, options={"num_warps": warps, "num_stages": 1, "enable_fp_fusion": True})
+    return triton.compile(
+        source, target=target, options={"num_warps": warps, "num_stages": 1, "enable_fp_fusion": True}
+    )
 
 
 def registers(compiled, capability: str) -> dict[str, int]:

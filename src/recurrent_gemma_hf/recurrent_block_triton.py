@@ -61,7 +61,7 @@ CHUNK = 64  # channels of a head that are convolved and multiplied at once
 MAX_HEAD = 256  # a head's block of gate weights, (d, channels) twice, stays on the chip
 
 # (half precision, float32). Forward and backward share the steps of a tile, for a state is kept per tile.
-FORWARD_TILES = (Tile(64, 64, 8), Tile(32, 32, 8))
+FORWARD_TILES = (Tile(64, 64, 4), Tile(32, 32, 8))
 BACKWARD_TILES = (Tile(64, 32, 8), Tile(32, 16, 8))
 CONV_TILE = Tile(64, 64, 4)
 DECODE_TILE = Tile(16, 32, 8)  # "time" counts rows of the batch here

@@ -7,6 +7,8 @@ import random
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # a warning on every fork otherwise
+# Read by triton when it is imported: its kernels run in its interpreter, on a CPU, wherever a test asks for them.
+os.environ["TRITON_INTERPRET"] = "1"
 
 import hypothesis
 import numpy as np

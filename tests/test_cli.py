@@ -458,6 +458,11 @@ def test_info_agrees_with_the_model_and_loads_no_weights(copied):
         "device": "cpu",
         "dtype": "float32",
         "recurrence_backend": resolve_backend("auto", torch.device("cpu"), torch.float32),
+        "block_backend": "portable",
+        "block_backends": {
+            kind: dict.fromkeys(("float32", "bfloat16"), name)
+            for kind, name in {"cuda": "triton", "xpu": "triton", "mps": "portable", "cpu": "portable"}.items()
+        },
     }
 
 

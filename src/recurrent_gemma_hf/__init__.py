@@ -28,6 +28,7 @@ from .modeling_recurrent_gemma import (
     RecurrentGemmaModel,
     RecurrentGemmaPreTrainedModel,
 )
+from .recurrent_block import set_backend
 from .training import GriffinTrainerMixin, decayed_parameter_names, parameter_groups
 
 __version__ = "0.1.0"
@@ -70,4 +71,5 @@ __all__ = [
     "linear_cross_entropy",
     "linear_recurrence",
     "parameter_groups",
+    "set_backend",
 ]

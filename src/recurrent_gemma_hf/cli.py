@@ -426,6 +426,12 @@ def _describe_computation(config: RecurrentGemmaConfig, dtype: str, device: str 
     import torch
 
     from .linear_recurrence import resolve_backend
+    from .recurrent_block import resolve_block_backend
+
+    head_width = config.lru_width // config.num_attention_heads
+
+    def block_backend(device: torch.device | str, dtype: torch.dtype) -> str:
+        return resolve_block_backend(device, dtype, head_width, config.hidden_activation)
 
     chosen_device = _pick_device(device)
     chosen_dtype = _pick_dtype(dtype, chosen_device, config)
@@ -434,6 +440,11 @@ def _describe_computation(config: RecurrentGemmaConfig, dtype: str, device: str 
         "device": str(chosen_device),
         "dtype": str(chosen_dtype).removeprefix("torch."),
         "recurrence_backend": resolve_backend("auto", chosen_device, recurrence_dtype),
+        "block_backend": block_backend(chosen_device, chosen_dtype),
+        "block_backends": {
+            kind: {name: block_backend(kind, getattr(torch, name)) for name in DTYPES if name != "auto"}
+            for kind in ("cuda", "xpu", "mps", "cpu")
+        },
     }
 
 
@@ -460,7 +471,11 @@ def _print_table(facts: dict[str, Any]) -> None:
         "a transformer's cache": ", ".join(
             f"{_readable(size)} at {length:,} tokens" for length, size in lengths.items()
         ),
-        "computes here": f"on {facts['device']} in {facts['dtype']}, recurrence by {facts['recurrence_backend']!r}",
+        "computes here": f"on {facts['device']} in {facts['dtype']}, recurrent blocks by {facts['block_backend']!r}, "
+        f"recurrence alone by {facts['recurrence_backend']!r}",
+        "recurrent blocks": "; ".join(
+            f"{name!r} on {', '.join(places)}" for name, places in _places_by_backend(facts["block_backends"]).items()
+        ),
     }
     table = Table(title=Text(facts["model"]), show_header=False, title_justify="left")
     for name, value in rows.items():
@@ -471,6 +486,18 @@ def _print_table(facts: dict[str, Any]) -> None:
     )
     table.caption_justify = "left"
     Console().print(table)
+
+
+def _places_by_backend(backends: dict[str, dict[str, str]]) -> dict[str, list[str]]:
+    """{"triton": ["cuda", ...]}: the devices that a backend serves, with the dtype where it does not serve all."""
+    places: dict[str, list[str]] = {}
+    for device, names in backends.items():
+        for dtype, name in names.items():
+            is_all = len(set(names.values())) == 1
+            place = device if is_all else f"{device} in {dtype}"
+            if place not in places.setdefault(name, []):
+                places[name].append(place)
+    return places
 
 
 def _readable(size: int) -> str:

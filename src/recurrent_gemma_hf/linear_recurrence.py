@@ -6,14 +6,19 @@ behind it:
 
 - `linear_recurrence_reference`: the loop over time, differentiated by autograd. It defines what is right.
 - `linear_recurrence_chunked`: a scan over chunks in plain torch for every device, with a backward of its own.
+- `linear_recurrence_triton`: kernels for GPUs, in linear_recurrence_triton.py, which is imported when they are used.
 
 Which implementation runs is decided in `resolve_backend` and nowhere else.
 
-Shape suffixes: B batch, T time, D lru_width, M chunks, K chunks of full length (M - 1).
+Shape suffixes: B batch, T time, D lru_width, M chunks, K chunks of full length (M - 1); N tokens of S sequences in one
+row, P rows of a pool of states.
 """
 
+import functools
+import importlib.util
 import logging
 import math
+import os
 import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -110,6 +115,106 @@ def _check_inputs(
             raise ValueError(f"{name} has dtype {tensor.dtype}: convert it to one of {_FLOAT_DTYPES}")
     if output_dtype is not None and output_dtype not in _FLOAT_DTYPES:
         raise ValueError(f"output_dtype is {output_dtype}: choose one of {_FLOAT_DTYPES}")
+
+
+# ---------------------------------------------------------------- many sequences in one row, as servers batch them
+
+
+def linear_recurrence_varlen(
+    x_ND: Tensor,
+    a_ND: Tensor,
+    states_PD: Tensor,
+    state_indices_S: Tensor,
+    cu_seqlens: Tensor,
+    has_initial_state_S: Tensor,
+    *,
+    output_dtype: torch.dtype | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """`linear_recurrence` of S sequences that lie one behind the other, with their states in a pool; for inference.
+
+    Sequence s holds tokens cu_seqlens[s] to cu_seqlens[s + 1] - 1. It starts from row state_indices_S[s] of the pool
+    (from zeros where has_initial_state_S[s] is False) and leaves its last state there. Nothing is read back from the
+    device, so the call can be captured in a CUDA graph.
+
+    Args:
+        x_ND: what is added to the states, as in `linear_recurrence`; N tokens of all sequences.
+        a_ND: the coefficients, of the same shape.
+        states_PD: the pool, float32 (float64 if any input is): updated in place, rows of other sequences untouched.
+        state_indices_S: int32 or int64, no two sequences with the same row. Empty sequences (the padding of a captured
+            batch) keep their row as it is; any number of them may share a row that no other sequence uses.
+        cu_seqlens: int32 or int64 (S + 1,), not decreasing, from 0 to at most N; tokens behind the last are padding.
+        has_initial_state_S: bool.
+        output_dtype: dtype of the result; None means that of x.
+        backend: one of `available_backends()`, or "auto".
+
+    Returns:
+        h_ND, every state, in `output_dtype`. Padding holds numbers without a meaning.
+
+    Raises:
+        ValueError: a wrong shape, dtype or device, N = 0, or a backend that does not exist or cannot serve the inputs.
+    """
+    dtype = _accumulation_dtype(x_ND, a_ND, states_PD)
+    _check_varlen(x_ND, a_ND, states_PD, state_indices_S, cu_seqlens, has_initial_state_S, dtype)
+    N = x_ND.shape[0]
+    starts, stops = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
+    is_empty_S1 = (starts == stops)[:, None]
+    rows = state_indices_S.long()
+    before_SD = states_PD[rows]
+    h0_SD = before_SD.masked_fill(~has_initial_state_S[:, None], 0.0)
+
+    # The first token of a sequence takes the state in, and its coefficient counts as 0 from then on. One more row
+    # behind the tokens receives what empty sequences write.
+    x = torch.empty((N + 1, x_ND.shape[1]), dtype=dtype, device=x_ND.device)
+    x[:N] = x_ND
+    x[N] = 0.0
+    first_S = torch.where(starts == stops, N, starts)
+    inside_S = first_S.clamp(max=N - 1)
+    x[first_S] = torch.addcmul(x_ND[inside_S].to(dtype), a_ND[inside_S].to(dtype), h0_SD)
+    reset = torch.zeros(N + 1, dtype=torch.bool, device=x.device)
+    reset[first_S] = True
+    h_1ND, _ = linear_recurrence(x[None, :N], a_ND[None], reset_BT=reset[None, :N], backend=backend)
+    h_ND = h_1ND[0]
+    states_PD[rows] = torch.where(is_empty_S1, before_SD, h_ND[(stops - 1).clamp(min=0)])
+    return h_ND.to(output_dtype or x_ND.dtype)
+
+
+def _check_varlen(
+    x_ND: Tensor,
+    a_ND: Tensor,
+    states_PD: Tensor,
+    state_indices_S: Tensor,
+    cu_seqlens: Tensor,
+    has_initial_state_S: Tensor,
+    dtype: torch.dtype,
+) -> None:
+    """Raise ValueError for inputs outside the contract of `linear_recurrence_varlen`, without looking at any value."""
+    if x_ND.ndim != 2:
+        raise ValueError(f"x_ND has shape {tuple(x_ND.shape)}: pass two dimensions (tokens, channels)")
+    _check_inputs(x_ND[None], a_ND[None], None, None, None)
+    S, D = len(state_indices_S), x_ND.shape[1]
+    if states_PD.ndim != 2 or states_PD.shape[1] != D:
+        raise ValueError(f"states_PD has shape {tuple(states_PD.shape)}: with {D} channels it must be (rows, {D})")
+    if states_PD.dtype != dtype:
+        raise ValueError(f"states_PD has dtype {states_PD.dtype}: the states of these inputs are kept in {dtype}")
+    integers = (torch.int32, torch.int64)
+    for name, tensor, shape, dtypes in (
+        ("state_indices_S", state_indices_S, (S,), integers),
+        ("cu_seqlens", cu_seqlens, (S + 1,), integers),
+        ("has_initial_state_S", has_initial_state_S, (S,), (torch.bool,)),
+    ):
+        if tensor.shape != shape:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}: for {S} sequences it must be {shape}")
+        if tensor.dtype not in dtypes:
+            raise ValueError(f"{name} has dtype {tensor.dtype}: pass one of {dtypes}")
+    for name, tensor in (
+        ("states_PD", states_PD),
+        ("state_indices_S", state_indices_S),
+        ("cu_seqlens", cu_seqlens),
+        ("has_initial_state_S", has_initial_state_S),
+    ):
+        if tensor.device != x_ND.device:
+            raise ValueError(f"{name} is on {tensor.device} but x_ND is on {x_ND.device}: move it there")
 
 
 # ---------------------------------------------------------------- the reference
@@ -320,17 +425,76 @@ def _chunk_states(
     return state_BMD
 
 
+# ---------------------------------------------------------------- the kernels
+
+
+def linear_recurrence_triton(
+    x_BTD: Tensor,
+    a_BTD: Tensor,
+    h0_BD: Tensor | None = None,
+    *,
+    reset_BT: Tensor | None = None,
+    output_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`linear_recurrence` by Triton kernels. Same arguments (except the backend), results and errors, but no float64.
+
+    A segment of time multiplies its coefficients, so 0 <= |a| <= 1, as in the RG-LRU, is where it is exact; beyond, a
+    product that leaves float32 is cut off.
+    """
+    from .linear_recurrence_triton import scan
+
+    _check_inputs(x_BTD, a_BTD, h0_BD, reset_BT, output_dtype)
+    output_dtype = output_dtype or x_BTD.dtype
+    if x_BTD.shape[1] == 1:
+        return _single_step(x_BTD, a_BTD, h0_BD, reset_BT, output_dtype)
+    return scan(x_BTD, a_BTD, h0_BD, reset_BT, output_dtype)
+
+
+@torch.compiler.assume_constant_result
+def triton_refusal(device: torch.device) -> str | None:
+    """Why Triton kernels cannot run on a device and what to do about it, or None if they can.
+
+    With TRITON_INTERPRET=1 in the environment they run on a CPU too, very slowly: that is for tests.
+    """
+    return _triton_refusal(device)
+
+
+@functools.cache
+def _triton_refusal(device: torch.device) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "needs the triton package: pip install triton"
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    if device.type not in _TRITON_DEVICE_TYPES:
+        return f"does not run on {device.type}: move the inputs to one of {_TRITON_DEVICE_TYPES}"
+    if device.type == "cuda" and torch.version.cuda is not None and torch.cuda.is_available():
+        capability = torch.cuda.get_device_capability(device)
+        if capability < (8, 0):
+            return f"needs compute capability 8.0 or newer, and {device} has {capability}: use a newer GPU"
+    return None
+
+
 # ---------------------------------------------------------------- the choice
 
 
 class _Backend(NamedTuple):
     run: Callable[..., tuple[Tensor, Tensor]]
-    device_types: tuple[str, ...] | None  # None: every device
+    device_types: tuple[str, ...] | None  # where "auto" takes it; None: everywhere
     dtypes: tuple[torch.dtype, ...]
+    refusal: Callable[[torch.device], str | None] | None = None  # what else speaks against a device
 
+
+# The devices that Triton compiles for, as torch calls them; AMD's GPUs are "cuda" too.
+_TRITON_DEVICE_TYPES = ("cuda", "xpu")
 
 # In the order in which "auto" prefers them.
 _BACKENDS = {
+    "triton": _Backend(
+        linear_recurrence_triton,
+        _TRITON_DEVICE_TYPES,
+        (torch.bfloat16, torch.float16, torch.float32),
+        triton_refusal,
+    ),
     "chunked": _Backend(linear_recurrence_chunked, None, _FLOAT_DTYPES),
     "reference": _Backend(linear_recurrence_reference, None, _FLOAT_DTYPES),
 }
@@ -353,28 +517,33 @@ def resolve_backend(name: str, device: torch.device | str, dtype: torch.dtype) -
     Raises:
         ValueError: no such backend, or it cannot serve this device or dtype.
     """
-    device_type = torch.device(device).type
+    device = torch.device(device)
     if name == "auto":
-        for candidate in _BACKENDS:
-            if _refusal(candidate, device_type, dtype) is None:
-                _announce(candidate, device_type, dtype)
+        for candidate, backend in _BACKENDS.items():
+            is_at_home = backend.device_types is None or device.type in backend.device_types
+            if is_at_home and _refusal(candidate, device, dtype) is None:
+                _announce(candidate, device.type, dtype)
                 return candidate
         raise ValueError(
-            f"no backend takes dtype {dtype} on {device_type}: convert the inputs to one of {_FLOAT_DTYPES}"
+            f"no backend takes dtype {dtype} on {device.type}: convert the inputs to one of {_FLOAT_DTYPES}"
         )
     if name not in _BACKENDS:
         raise ValueError(f"unknown backend {name!r}: choose one of {(*_BACKENDS, 'auto')}")
-    refusal = _refusal(name, device_type, dtype)
+    refusal = _refusal(name, device, dtype)
     if refusal is not None:
         raise ValueError(f'backend {name!r} {refusal}, or choose backend="auto"')
     return name
 
 
-def _refusal(name: str, device_type: str, dtype: torch.dtype) -> str | None:
+def _refusal(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why a backend cannot serve the inputs and what to do about it, or None if it can."""
     backend = _BACKENDS[name]
-    if backend.device_types is not None and device_type not in backend.device_types:
-        return f"does not run on {device_type}: move the inputs to one of {backend.device_types}"
+    if backend.refusal is not None:
+        refusal = backend.refusal(device)
+        if refusal is not None:
+            return refusal
+    elif backend.device_types is not None and device.type not in backend.device_types:
+        return f"does not run on {device.type}: move the inputs to one of {backend.device_types}"
     if dtype not in backend.dtypes:
         return f"does not take dtype {dtype}: convert the inputs to one of {backend.dtypes}"
     return None

@@ -42,6 +42,13 @@ from .cache_recurrent_gemma import RecurrentGemmaCache
 from .configuration_recurrent_gemma import RecurrentGemmaConfig
 from .linear_cross_entropy import IGNORE_INDEX, check_labels, chunked_cross_entropy, linear_cross_entropy
 from .linear_recurrence import linear_recurrence
+from .recurrent_block import (
+    RecurrentBlockParameters,
+    recurrent_block,
+    recurrent_block_step,
+    resolve_block_backend,
+    scan_backend,
+)
 from .tensor_parallel import check_tensor_parallel
 
 logger = logging.get_logger(__name__)
@@ -366,8 +373,30 @@ class RecurrentGemmaRglru(nn.Module):
         out_HNd = torch.baddbmm(bias[:, None].to(x_BTD.dtype), blocks, weight.to(x_BTD.dtype))
         return out_HNd.transpose(0, 1).reshape(x_BTD.shape)
 
-    def forward(self, x_BTD: torch.Tensor, step: Step, h0_BD: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """The states (B, T, D) and the last one (B, D), both in float32 (float64 for float64)."""
+    def forward(
+        self,
+        x_BTD: torch.Tensor,
+        step: Step,
+        h0_BD: torch.Tensor | None,
+        kernel: Callable[[RecurrentBlockParameters], Any] | None = None,
+        conv: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> Any:
+        """The states (B, T, D) and the last one (B, D), both in float32 (float64 for float64).
+
+        With a `kernel`: what it makes of these parameters and those of the convolution.
+        """
+        if kernel is not None:
+            return kernel(
+                RecurrentBlockParameters(
+                    conv[0],
+                    conv[1],
+                    self.recurrent_gate_weight,
+                    self.recurrent_gate_bias,
+                    self.input_gate_weight,
+                    self.input_gate_bias,
+                    self.recurrent_param,
+                )
+            )
         r_pre = self._gate(x_BTD, self.recurrent_gate_weight, self.recurrent_gate_bias)
         i_pre = self._gate(x_BTD, self.input_gate_weight, self.input_gate_bias)
         dtype = torch.promote_types(x_BTD.dtype, torch.float32)
@@ -376,7 +405,7 @@ class RecurrentGemmaRglru(nn.Module):
         a, gated = coefficients(r_pre, i_pre, x_BTD, softplus_D, step.reset_BT1, step.hold_BT1)
         if step.shard is not None:
             return step.shard.linear_recurrence(gated, a)
-        return linear_recurrence(gated, a, h0_BD)
+        return linear_recurrence(gated, a, h0_BD, backend=scan_backend())
 
 
 class CausalConv1d(torch.autograd.Function):
@@ -433,7 +462,15 @@ class RecurrentGemmaConv1d(nn.Conv1d):
     """The convolution's parameters under their published names. A module that is called, and not only read, because
     accelerate's offloading and ZeRO-3 fetch parameters when the module that owns them is called."""
 
-    def forward(self, input: torch.Tensor, reach: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self,
+        input: torch.Tensor,
+        reach: torch.Tensor | None = None,
+        inside: Callable[[torch.Tensor, torch.Tensor], Any] | None = None,
+    ) -> Any:
+        """The convolution of (B, K - 1 + T, D), or what `inside` makes of the parameters, called meanwhile."""
+        if inside is not None:
+            return inside(self.weight, self.bias)
         weight, bias = self.weight.to(input.dtype), self.bias.to(input.dtype)
         return _differentiable(CausalConv1d)(input, weight, bias, reach)
 
@@ -452,31 +489,81 @@ class RecurrentGemmaRecurrentBlock(nn.Module):
         self.conv_1d = RecurrentGemmaConv1d(D, D, kernel_size=config.conv1d_width, groups=D)
         self.conv_1d.init_std = math.sqrt(config.w_init_variance_scale / config.conv1d_width)  # type: ignore[assignment]
         self.rg_lru = RecurrentGemmaRglru(config)
+        self.activation = config.hidden_activation
+        self.head_width = D // config.num_attention_heads
         self.act_fn = ACT2FN[config.hidden_activation]
 
     def forward(self, x_BTE: torch.Tensor, step: Step, cache: Cache | None, **kwargs: Any) -> tuple[torch.Tensor, None]:
-        u = self.linear_x(x_BTE)
+        u, y = self.linear_x(x_BTE), self.linear_y(x_BTE)
         layer = None if cache is None else cache.layers[self.layer_idx]
+        records = layer is not None and layer.record_past
+        backend = resolve_block_backend(u.device, u.dtype, self.head_width, self.activation)
+        # A kernel keeps to itself the states that a recording cache wants, and the one that the next rank needs.
+        if backend == "triton" and not records and step.shard is None:
+            out = self._by_kernel(u, y, step, cache, layer)
+        else:
+            full, h0 = self._conv_input(u, step, cache, layer), self._initial_state(layer)
+            states, last = self.rg_lru(self.conv_1d(full, step.reach_BTK), step, h0)
+            if layer is not None:
+                cache.update_recurrent_state(last, self.layer_idx, history=states if records else None)
+            out = (states * self.act_fn(y)).to(x_BTE.dtype)
+        return self.linear_out(out), None
+
+    def _conv_input(self, u: torch.Tensor, step: Step, cache: Cache | None, layer: Any) -> torch.Tensor:
+        """(B, K - 1 + T, D): u behind what came before it; the cache keeps what comes before the next."""
         context = self.conv1d_width - 1
         if step.shard is not None and context:
             (full,) = step.shard.with_left(u, size=context, dim=1)
-            full = F.pad(full, (0, 0, context + u.shape[1] - full.shape[1], 0))
-        elif layer is None or (context == 0 and not isinstance(cache, RecurrentGemmaCache)):
-            full = F.pad(u, (0, 0, context, 0))
+            return F.pad(full, (0, 0, context + u.shape[1] - full.shape[1], 0))
+        if layer is None or (context == 0 and not isinstance(cache, RecurrentGemmaCache)):
+            return F.pad(u, (0, 0, context, 0))
+        full = cache.update_conv_state(u.transpose(1, 2), self.layer_idx, conv_kernel_size=context).transpose(1, 2)
+        # Transformers' own cache returns no context with the first forward, and as much as it has with others.
+        missing = context + u.shape[1] - full.shape[1]
+        if missing:
+            full = F.pad(full, (0, 0, missing, 0))  # a negative number cuts
+        return full.to(u.dtype)
+
+    def _initial_state(self, layer: Any) -> torch.Tensor | None:
+        if layer is None or not layer.is_recurrent_states_initialized[0]:
+            return None
+        h0 = layer.recurrent_states[0]
+        # The backward pass reads it, after the cache has overwritten its own.
+        return h0.clone() if torch.is_grad_enabled() else h0
+
+    def _by_kernel(self, u: torch.Tensor, y: torch.Tensor, step: Step, cache: Cache | None, layer: Any) -> torch.Tensor:
+        """All of it in one kernel. It runs inside the calls of the modules that own its parameters (see
+        `RecurrentGemmaConv1d`), and reads them there, so that offloading, adapters and parametrizations keep working.
+        """
+        reset, hold = (None if flag is None else flag[..., 0] for flag in (step.reset_BT1, step.hold_BT1))
+        ready = isinstance(cache, RecurrentGemmaCache) and layer.is_recurrent_states_initialized[0]
+        if ready and u.shape[1] == 1 and self.conv1d_width > 1 and not torch.is_grad_enabled():
+            states = layer.conv_states[0], layer.recurrent_states[0]
+            layer.has_previous_state[0] = True
+            reset, hold, reach = (None if flag is None else flag[:, 0] for flag in (reset, hold, step.reach_BTK))
+
+            def run(parameters: RecurrentBlockParameters) -> torch.Tensor:
+                out = recurrent_block_step(
+                    u[:, 0], y[:, 0], parameters, *states, reset_B=reset, hold_B=hold, reach_BK=reach
+                )
+                return out[:, None]
+
         else:
-            full = cache.update_conv_state(u.transpose(1, 2), self.layer_idx, conv_kernel_size=context).transpose(1, 2)
-            # Transformers' own cache returns no context with the first forward, and as much as it has with others.
-            missing = context + u.shape[1] - full.shape[1]
-            if missing:
-                full = F.pad(full, (0, 0, missing, 0))  # a negative number cuts
-            full = full.to(u.dtype)
-        h0 = layer.recurrent_states[0] if layer is not None and layer.is_recurrent_states_initialized[0] else None
-        if h0 is not None and torch.is_grad_enabled():
-            h0 = h0.clone()  # the backward pass reads it, after the cache has overwritten its own
-        states, last = self.rg_lru(self.conv_1d(full, step.reach_BTK), step, h0)
-        if layer is not None:
-            cache.update_recurrent_state(last, self.layer_idx, history=states if layer.record_past else None)
-        return self.linear_out((states * self.act_fn(self.linear_y(x_BTE))).to(x_BTE.dtype)), None
+            context, h0 = None, self._initial_state(layer)
+            if layer is not None:
+                full, C = self._conv_input(u, step, cache, layer), self.conv1d_width - 1
+                context, u = full[:, :C], full[:, C:]
+
+            def run(parameters: RecurrentBlockParameters) -> torch.Tensor:
+                out, last = recurrent_block(
+                    u, y, parameters, context_BCD=context if self.conv1d_width > 1 else None, h0_BD=h0,
+                    reset_BT=reset, hold_BT=hold, reach_BTK=step.reach_BTK,
+                )  # fmt: skip
+                if layer is not None:
+                    cache.update_recurrent_state(last, self.layer_idx)
+                return out
+
+        return self.conv_1d(u, inside=lambda *conv: self.rg_lru(u, step, None, kernel=run, conv=conv))
 
 
 class RecurrentGemmaDecoderLayer(GradientCheckpointingLayer):

@@ -1,0 +1,242 @@
+"""The inside of the recurrent block (Griffin, arXiv:2402.19427, sections 2.3 and 2.4), all that lies between its linear
+layers: gelu(y) * RG-LRU(conv1d(u)), and its step of decoding.
+
+- `recurrent_block_reference`: plain torch over the loop in time, differentiated by autograd. It defines what is right.
+- `recurrent_block`, `recurrent_block_step`: Triton kernels, in recurrent_block_triton.py, imported when they are used.
+
+The portable path is the model's own modules, called one after the other. Which of the two a model takes is decided in
+`resolve_block_backend` and nowhere else; `set_backend` asks for one by name.
+
+Shape suffixes: B batch, T time, D lru_width, H heads, d = D / H, K conv taps, C = K - 1 inputs before the first.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .linear_recurrence import linear_recurrence_reference, triton_refusal
+
+RG_LRU_C = 8.0  # c of equation 3: log a = -c r softplus(Lambda)
+MIN_4X_IN_SQRT_GRADIENT = 1e-6  # the official code divides the gradient of sqrt(x) by sqrt(max(4 x, this))
+
+BACKENDS = ("triton", "portable")  # in the order in which "auto" prefers them
+_KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_KERNEL_MAX_HEAD = 256
+_asked_for = "auto"
+
+
+class RecurrentBlockParameters(NamedTuple):
+    """Everything that is learned between the block's linear layers, under the names of the Griffin paper."""
+
+    conv_weight_D1K: Tensor  # as torch.nn.Conv1d has it, the newest input last
+    conv_bias_D: Tensor
+    a_weight_Hdd: Tensor  # W_a of the recurrence gate (equation 1), one (in, out) block per head
+    a_bias_Hd: Tensor
+    x_weight_Hdd: Tensor  # W_x of the input gate (equation 2)
+    x_bias_Hd: Tensor
+    lambda_D: Tensor  # Lambda, before its softplus
+
+
+# ---------------------------------------------------------------- the choice
+
+
+def set_backend(name: str) -> None:
+    """Ask for an implementation of all recurrent blocks of this process: "triton", "portable", or "auto" (the default).
+
+    "auto" takes Triton's kernels on a GPU where they can run, and the portable code everywhere else. A backend asked
+    for by name that cannot serve a model, its device or dtype raises ValueError when the model runs. A compiled model
+    keeps what it was compiled with.
+
+    Raises:
+        ValueError: no such backend.
+    """
+    global _asked_for
+    if name not in (*BACKENDS, "auto"):
+        raise ValueError(f"unknown backend {name!r}: choose one of {(*BACKENDS, 'auto')}")
+    _asked_for = name
+
+
+def get_backend() -> str:
+    """What `set_backend` asked for last."""
+    return _asked_for
+
+
+def resolve_block_backend(device: torch.device | str, dtype: torch.dtype, head_width: int, activation: str) -> str:
+    """The name of the implementation that runs: "triton" or "portable".
+
+    Args:
+        device: where the activations are.
+        dtype: of the activations.
+        head_width: d, lru_width / num_attention_heads.
+        activation: config.hidden_activation.
+
+    Raises:
+        ValueError: `set_backend` asked for "triton", and it cannot serve this.
+    """
+    device = torch.device(device)
+    if _asked_for == "portable" or (_asked_for == "auto" and device.type == "cpu"):
+        return "portable"
+    refusal = triton_refusal(device) or _kernel_refusal(dtype, head_width, activation)
+    if refusal is None:
+        return "triton"
+    if _asked_for == "triton":
+        raise ValueError(f'backend "triton" {refusal}, or call set_backend("auto")')
+    return "portable"
+
+
+def scan_backend() -> str:
+    """The backend of `linear_recurrence` that goes with what was asked for."""
+    return {"portable": "chunked"}.get(_asked_for, _asked_for)
+
+
+def _kernel_refusal(dtype: torch.dtype, head_width: int, activation: str) -> str | None:
+    if dtype not in _KERNEL_DTYPES:
+        return f"does not take dtype {dtype}: convert the model to one of {_KERNEL_DTYPES}"
+    if head_width > _KERNEL_MAX_HEAD:
+        return (
+            f"serves gates of at most {_KERNEL_MAX_HEAD} channels per head, not lru_width / num_attention_heads = "
+            f"{head_width}: use more heads"
+        )
+    if activation != "gelu_pytorch_tanh":
+        return f'has "gelu_pytorch_tanh" built in, not hidden_activation={activation!r}: change the config'
+    return None
+
+
+# ---------------------------------------------------------------- the contract
+
+
+def recurrent_block(
+    u_BTD: Tensor,
+    y_BTD: Tensor,
+    parameters: RecurrentBlockParameters,
+    *,
+    context_BCD: Tensor | None = None,
+    h0_BD: Tensor | None = None,
+    reset_BT: Tensor | None = None,
+    hold_BT: Tensor | None = None,
+    reach_BTK: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """gelu(y) * RG-LRU(conv1d(u)) by Triton kernels. Once differentiable in u, y, context, h0 and all parameters.
+
+    Gates, coefficients, states and sums over time are float32; matrix products and gradients per token have the dtype
+    of u. The backward pass recomputes: it needs the inputs and one state for every 64 (float32: 32) steps.
+
+    Args:
+        u_BTD: inputs of the convolution; bfloat16, float16 or float32.
+        y_BTD: the gating branch before its gelu, dtype of u.
+        context_BCD: the K - 1 inputs before the first; None means zeros.
+        h0_BD: the state before the first step; None means zeros.
+        reset_BT: (B or 1, T) bool; where True a document begins: a = 0, and x enters undamped.
+        hold_BT: (B or 1, T) bool; where True (padding) the state passes unchanged. It counts before reset.
+        reach_BTK: (B or 1, T, K), 0 for the taps that would read across the start of a document, else 1; None: all 1.
+
+    Returns:
+        out_BTD in the dtype of u, and the last state (B, D) in float32.
+    """
+    from .recurrent_block_triton import block
+
+    weight_KD, *rest = _kernel_parameters(parameters, u_BTD.dtype)
+    out_BTD, last_BD, _ = block(
+        u_BTD, y_BTD, context_BCD, h0_BD, weight_KD, *rest, reset_BT, hold_BT, reach_BTK
+    )  # fmt: skip
+    return out_BTD, last_BD
+
+
+def recurrent_block_step(
+    u_BD: Tensor,
+    y_BD: Tensor,
+    parameters: RecurrentBlockParameters,
+    conv_state_BDC: Tensor,
+    h_BD: Tensor,
+    *,
+    reset_B: Tensor | None = None,
+    hold_B: Tensor | None = None,
+    reach_BK: Tensor | None = None,
+) -> Tensor:
+    """`recurrent_block` for one token, in one launch, without gradients.
+
+    The conv state (B, D, K - 1), of any strides, and the float32 state (B, D) are updated in place, so a CUDA graph
+    finds them at their old addresses. Returns out (B, D) in the dtype of u.
+    """
+    from .recurrent_block_triton import decode
+
+    weight_KD, *rest = _kernel_parameters(parameters, u_BD.dtype)
+    return decode(u_BD, y_BD, conv_state_BDC, h_BD, weight_KD, *rest, reset_B, hold_B, reach_BK)
+
+
+def causal_conv1d(
+    u_BTD: Tensor,
+    weight_D1K: Tensor,
+    bias_D: Tensor,
+    context_BCD: Tensor | None = None,
+    reach_BTK: Tensor | None = None,
+) -> Tensor:
+    """The depthwise causal convolution of `recurrent_block` by itself, (B, T, D), by Triton kernels."""
+    from .recurrent_block_triton import conv
+
+    return conv(u_BTD, context_BCD, reach_BTK, weight_D1K[:, 0].t(), bias_D)
+
+
+def _kernel_parameters(parameters: RecurrentBlockParameters, dtype: torch.dtype) -> list[Tensor]:
+    conv_weight, conv_bias, a_weight, a_bias, x_weight, x_bias, lambda_D = parameters
+    softplus_D = F.softplus(lambda_D.float())
+    return [
+        conv_weight[:, 0].t(), conv_bias, a_weight.to(dtype), a_bias.reshape(-1), x_weight.to(dtype),
+        x_bias.reshape(-1), softplus_D,
+    ]  # fmt: skip
+
+
+# ---------------------------------------------------------------- the reference
+
+
+class _BoundedSqrt(torch.autograd.Function):
+    """sqrt(x) whose derivative is bounded as in the official code."""
+
+    @staticmethod
+    def forward(ctx, x):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(x)
+        return x.sqrt()
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        (x,) = ctx.saved_tensors
+        return grad / (4.0 * x).clamp(min=MIN_4X_IN_SQRT_GRADIENT).sqrt()
+
+
+def recurrent_block_reference(
+    u_BTD: Tensor,
+    y_BTD: Tensor,
+    parameters: RecurrentBlockParameters,
+    *,
+    context_BCD: Tensor | None = None,
+    h0_BD: Tensor | None = None,
+    reset_BT: Tensor | None = None,
+    hold_BT: Tensor | None = None,
+    reach_BTK: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`recurrent_block` in plain torch, in the widest dtype of u and float32, line by line as the paper has it."""
+    dtype = torch.promote_types(u_BTD.dtype, torch.float32)
+    weight, bias, a_weight, a_bias, x_weight, x_bias, lambda_D = (p.to(dtype) for p in parameters)
+    (B, T, D), K, (H, d, _) = u_BTD.shape, weight.shape[2], a_weight.shape
+    context = u_BTD.new_zeros(B, K - 1, D) if context_BCD is None else context_BCD
+    full = torch.cat([context, u_BTD], dim=1).to(dtype)
+    reach = torch.ones(1, T, K, dtype=dtype, device=full.device) if reach_BTK is None else reach_BTK.to(dtype)
+    x = bias + sum(full[:, tap : tap + T] * reach[..., tap, None] * weight[:, 0, tap] for tap in range(K))
+
+    heads = x.view(B, T, H, d)
+    r = torch.sigmoid(torch.einsum("bthi,hij->bthj", heads, a_weight) + a_bias).reshape(B, T, D)
+    i = torch.sigmoid(torch.einsum("bthi,hij->bthj", heads, x_weight) + x_bias).reshape(B, T, D)
+    log_a = -RG_LRU_C * r * F.softplus(lambda_D)
+    a, multiplier = log_a.exp(), _BoundedSqrt.apply(1.0 - torch.exp(2.0 * log_a))
+    if reset_BT is not None:
+        a, multiplier = a.masked_fill(reset_BT[..., None], 0.0), multiplier.masked_fill(reset_BT[..., None], 1.0)
+    gated = multiplier * i * x
+    if hold_BT is not None:
+        a, gated = a.masked_fill(hold_BT[..., None], 1.0), gated.masked_fill(hold_BT[..., None], 0.0)
+    states, last = linear_recurrence_reference(gated, a, None if h0_BD is None else h0_BD.to(dtype))
+    out = states * F.gelu(y_BTD.to(dtype), approximate="tanh")
+    return out.to(u_BTD.dtype), last

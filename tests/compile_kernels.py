@@ -30,7 +30,7 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 # Spilled bytes per thread (stores and loads) that are known and written down in benchmarks/LOG.md; others: 16.
-TOLERATED = {"block_kernel": 700, "block_backward_kernel": 1200}
+TOLERATED = {"block_kernel": 1900, "block_backward_kernel": 2100}
 POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.uint8: "*u8"}
 
 

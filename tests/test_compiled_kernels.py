@@ -1,4 +1,4 @@
-"""Every Triton kernel compiled for GPUs that are not here: what the interpreter lets pass, the compiler does not.
+"""Every Triton kernel compiled for an H100 that is not here: what the interpreter lets pass, the compiler does not.
 
 And what a kernel takes: shared memory that a multiprocessor has, registers without more than a few spilled.
 """
@@ -14,13 +14,13 @@ import pytest
 pytest.importorskip("triton", reason="the kernels are written in Triton: install the `test` extra")
 
 SCRIPT = Path(__file__).parent / "compile_kernels.py"
-SHARED = {"sm_90": 227 * 1024, "sm_80": 163 * 1024, "gfx942": 64 * 1024}
+SHARED = 227 * 1024
 
 
 @pytest.fixture(scope="module")
 def facts(tmp_path_factory):
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))}
-    command = [sys.executable, SCRIPT, "--targets", "sm_90,gfx942", "bf16"]
+    command = [sys.executable, SCRIPT, "--targets", "sm_90", "bf16"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
@@ -38,6 +38,5 @@ def test_all_kernels_compile_and_fit(facts):
     }
     assert {fact["function"] for fact in facts} == kernels
     for fact in facts:
-        assert fact["shared"] <= SHARED[fact["target"]], fact
-        if fact["target"].startswith("sm_"):
-            assert fact["spilled"] <= fact["tolerated"], fact
+        assert fact["shared"] <= SHARED, fact
+        assert fact["spilled"] <= fact["tolerated"], fact

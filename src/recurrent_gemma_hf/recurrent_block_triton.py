@@ -63,7 +63,7 @@ MAX_HEAD = 256  # a head's block of gate weights, (d, channels) twice, stays on 
 # (half precision, float32). Forward and backward share the steps of a tile, for a state is kept per tile.
 FORWARD_TILES = (Tile(64, 64, 4), Tile(32, 32, 8))
 BACKWARD_TILES = (Tile(64, 32, 8), Tile(32, 16, 8))
-CONV_TILE = Tile(64, 64, 4)
+CONV_TILE = Tile(32, 64, 4)
 DECODE_TILE = Tile(16, 32, 8)  # "time" counts rows of the batch here
 
 WANTED_PROGRAMS = 264  # two for each of the 132 multiprocessors of an H100 or H200

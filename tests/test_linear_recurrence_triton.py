@@ -159,15 +159,15 @@ def test_gradients_of_gradients(small_tiles):
 
 
 @pytest.mark.parametrize("with_resets", [False, True])
-def test_operators_keep_their_promises(with_resets, small_tiles, monkeypatch):
-    monkeypatch.undo()  # opcheck compares with memory that it fills itself
+def test_operators_keep_their_promises(with_resets, small_tiles):
+    cheap = ("test_schema", "test_autograd_registration", "test_faketensor")  # the rest: test_one_graph below
     x, a, h0 = make_inputs((2, 7, 3), dtype=torch.float32)
     reset = make_reset((2, 7, 3)) if with_resets else None
-    torch.library.opcheck(kernels.scan, (x, a, h0, reset, torch.float32))
-    torch.library.opcheck(kernels.scan, (x, a, None, reset, torch.bfloat16))
-    torch.library.opcheck(kernels.adjoint_scan, (x, a, h0, reset))
+    torch.library.opcheck(kernels.scan, (x, a, h0, reset, torch.float32), test_utils=cheap)
+    torch.library.opcheck(kernels.scan, (x, a, None, reset, torch.bfloat16), test_utils=cheap)
+    torch.library.opcheck(kernels.adjoint_scan, (x, a, h0, reset), test_utils=cheap)
     plain = [t.detach() for t in (x, h0, a, x, h0)]
-    torch.library.opcheck(kernels.scan_backward, (*plain, reset, torch.bfloat16))
+    torch.library.opcheck(kernels.scan_backward, (*plain, reset, torch.bfloat16), test_utils=cheap)
 
 
 def test_one_graph_for_every_length(small_tiles):

@@ -14,7 +14,9 @@ def provenance() -> dict[str, Any]:
     """The device and the versions behind a number."""
     import torch
 
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{_cpu()}, {torch.get_num_threads()} threads"
+    device = (
+        torch.cuda.get_device_name() if torch.cuda.is_available() else f"{_cpu()}, {torch.get_num_threads()} threads"
+    )
     return {
         "device": device,
         "versions": {name: version(name) for name in ("recurrent-gemma-hf", "torch", "transformers")},
@@ -38,7 +40,9 @@ def read_records(path: Path) -> list[dict[str, Any]]:
         try:
             records.append(json.loads(line))
         except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number} is not JSON ({error}); remove the line or name another file") from error
+            raise ValueError(
+                f"{path}, line {number} is not JSON ({error}); remove the line or name another file"
+            ) from error
     return records
 
 

@@ -48,9 +48,10 @@ TRAINING, VALIDATION, EVALUATION = 0, 1, 2
 class Settings:
     """What every architecture is trained with.
 
-    Every batch has sequences of one length, drawn between `shortest` and `length`; the paper's are all of one length,
-    which is what `shortest` equal to `length` means, and take far longer to learn. The learning rate warms up, stays, and falls to zero over the last `decay_steps` steps; training ends early when the
-    held-out accuracy has reached `solved`, so the number of steps is the speed of learning.
+    Every batch has sequences of one length, drawn between `shortest` and `length`. The paper's are all of one length,
+    which is what `shortest` equal to `length` means; they take far longer to learn. The learning rate warms up, stays,
+    and falls to zero over the last `decay_steps` steps. Training ends early when the held-out accuracy has reached
+    `solved`, so the number of steps is the speed of learning.
     """
 
     length: int
@@ -69,7 +70,16 @@ class Settings:
     solved: float = 0.98
 
     def __post_init__(self) -> None:
-        for name in ("length", "window", "shortest", "width", "batch_size", "max_steps", "evaluate_every", "validation_rows"):
+        for name in (
+            "length",
+            "window",
+            "shortest",
+            "width",
+            "batch_size",
+            "max_steps",
+            "evaluate_every",
+            "validation_rows",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)} must be 1 or more")
         if not 1 <= self.shortest <= self.length:
@@ -160,7 +170,8 @@ def train(
 
 def _optimizer(model: RecurrentGemmaForCausalLM, settings: Settings) -> torch.optim.AdamW:
     """AdamW; Lambda (the decay of the recurrence), norms and biases are not pulled towards zero."""
-    decayed, kept = [], []
+    decayed: list[torch.nn.Parameter] = []
+    kept: list[torch.nn.Parameter] = []
     for name, parameter in model.named_parameters():
         (decayed if name.endswith("weight") and parameter.ndim >= 2 else kept).append(parameter)
     groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": kept, "weight_decay": 0.0}]
@@ -207,9 +218,11 @@ def accuracies(model: RecurrentGemmaForCausalLM, batch: Batch) -> dict[str, floa
 
 @dataclass(frozen=True)
 class Measurement:
-    """Where a trained model is measured: at these lengths, and at these depths of the needle where there is one."""
+    """Where a trained model is measured: at `lengths` with the needle anywhere, and, in a task with one needle, at
+    `depth_lengths` with the needle at each of `depths`."""
 
     lengths: tuple[int, ...]
+    depth_lengths: tuple[int, ...] = ()
     depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
     rows: int = 128
     batch_size: int = 32
@@ -217,8 +230,9 @@ class Measurement:
 
 def measure(model: RecurrentGemmaForCausalLM, task: Task, wanted: Measurement, seed: int) -> list[dict[str, Any]]:
     """Accuracy for every length, with the needle anywhere (depth None) and at each depth."""
-    depths = (None, *(wanted.depths if task.has_depth else ()))
-    cells = [(length, depth) for length in wanted.lengths for depth in depths]
+    cells: list[tuple[int, float | None]] = [(length, None) for length in wanted.lengths]
+    if task.has_depth:
+        cells += [(length, depth) for length in wanted.depth_lengths for depth in wanted.depths]
     return [
         {"length": length, "depth": depth, **_measure_cell(model, task, wanted, length, depth, seed)}
         for length, depth in cells

@@ -37,7 +37,7 @@ ARCHITECTURES: dict[str, tuple[str, ...]] = {
     "transformer": ("attention",),
 }
 # Tokens that are read at once when a sequence is longer: memory does not depend on the length, except for the
-# transformer without a window.
+# transformer without a window, which reads everything at once.
 CHUNK = 2048
 # Batches come from different parts of the seeds' space, so that no evaluation row was ever trained on by design of the
 # generator rather than by luck.
@@ -204,7 +204,8 @@ def accuracies(model: RecurrentGemmaForCausalLM, batch: Batch) -> dict[str, floa
     """The share of answer tokens and of whole answers (rows) that greedy decoding gets right."""
     model.eval()
     inputs_BT, answer = batch.tokens_BT[:, :-1], batch.answer
-    if inputs_BT.shape[1] <= CHUNK:
+    # A window over all of the sequence would be a cache as large: there is nothing to save by reading in chunks.
+    if inputs_BT.shape[1] <= CHUNK or inputs_BT.shape[1] <= model.config.attention_window_size:
         logits_BTV = model(inputs_BT, use_cache=False, logits_to_keep=answer).logits
     else:
         # The last chunk holds all of the answer, however long the sequence.

@@ -85,7 +85,7 @@ def test_phonebook_looks_up_what_is_written_in_it(length, depth):
         assert len({tuple(question) for question in questions}) == 3
         if depth is not None:
             assert questions[2] == book[round(depth * (len(book) - 1))]
-        assert [label for label in labels if label != tasks.IGNORED] == sum((q[3:] for q in questions), [])
+        assert [label for label in labels if label != tasks.IGNORED] == [d for q in questions for d in q[3:]]
 
 
 def test_random_depths_reach_both_ends():

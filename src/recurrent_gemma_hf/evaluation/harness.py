@@ -10,6 +10,7 @@ border of every window.
 
 from __future__ import annotations
 
+import copy
 import sys
 from typing import Any
 
@@ -42,6 +43,9 @@ class RecurrentGemmaLM(HFLM):
                 "number, or max_length among the model arguments"
             )
         super().__init__(pretrained, batch_size=batch_size, **kwargs)
+        # lm-eval asks for a number of tokens by max_length, which a checkpoint's own max_new_tokens would overrule.
+        self.model.generation_config = copy.deepcopy(self.model.generation_config)
+        self.model.generation_config.max_new_tokens = None
 
     @property
     def max_length(self) -> int:

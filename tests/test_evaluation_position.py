@@ -87,12 +87,12 @@ def test_the_band_covers_the_truth_as_often_as_it_says():
     """Segments with a mean of their own around 2: the 90% band of the mean holds 2 in about 90% of all experiments."""
     generator = torch.Generator().manual_seed(0)
     inside = 0
-    for seed in range(60):
+    for seed in range(40):
         means = 2 + torch.randn(30, 1, generator=generator)
         losses_ST = means + 0.1 * torch.randn(30, 4, generator=generator)
         (*_, row) = position_loss.summarise(losses_ST, Wanted(length=4, bins_per_octave=1, confidence=0.9, seed=seed))
         inside += row["low"] <= 2 <= row["high"]
-    assert 46 <= inside <= 59
+    assert 31 <= inside <= 39
 
 
 def test_few_segments_are_resampled_in_blocks():

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 # With this many segments a band says how segments differ; with fewer, how blocks of neighbouring tokens do.
 ENOUGH_SEGMENTS = 5
 BLOCK = 64
-BOOTSTRAP_SAMPLES = 1000
+BOOTSTRAP_SAMPLES = 400
 
 
 @dataclass(frozen=True)
@@ -152,9 +152,8 @@ def _band(inside_ST: torch.Tensor, confidence: float, generator: torch.Generator
         blocks = [block for row in inside_ST for block in row.split(BLOCK)]
         units = torch.stack([block.mean() for block in blocks])
         weights = torch.tensor([float(len(block)) for block in blocks], dtype=torch.float64)
-    # One sample after the other: a bin may have thousands of blocks.
     means = []
-    for _ in range(BOOTSTRAP_SAMPLES):
+    for _ in range(BOOTSTRAP_SAMPLES):  # one sample after the other: a bin may have thousands of blocks
         drawn = torch.randint(len(units), (len(units),), generator=generator)
         means.append((units[drawn] * weights[drawn]).sum() / weights[drawn].sum())
     tail = (1 - confidence) / 2

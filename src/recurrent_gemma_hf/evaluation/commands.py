@@ -133,7 +133,7 @@ def position(
     part: Annotated[str, typer.Option(help="Use only this part of each text; 0.9:1 is its last tenth.")] = "0:1",
     segments: Annotated[int | None, typer.Option(help="At most so many segments; all there are by default.")] = None,
     bins_per_octave: Annotated[int, typer.Option(help="Points between a position and its double.")] = 2,
-    output: Annotated[Path | None, typer.Option(help="Append the result to this file of JSON lines.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Append to these JSON lines; the figure shows all.")] = None,
     figure: FigureOption = None,
     dtype: DtypeOption = "auto",
     device: DeviceOption = None,
@@ -141,7 +141,7 @@ def position(
     """Mean next-token loss at every distance from the beginning, up to millions of tokens in constant memory."""
     from .. import cli
     from .position_loss import Wanted, measure, read_documents
-    from .records import append_record
+    from .records import append_record, read_records
 
     figures = _import_extra("figures") if figure is not None else None
     start, _, end = part.partition(":")
@@ -155,10 +155,12 @@ def position(
     except ValueError as error:
         fail(str(error))
     _print_bins(result)
+    results = [result]
     if output is not None:
         append_record(output, result)
+        results = read_records(output)  # measurements in one file come into one figure
     if figures is not None:
-        figures.draw_positions([result], figure)
+        figures.draw_positions(results, figure)
 
 
 def _print_bins(result: dict[str, Any]) -> None:
@@ -265,3 +267,48 @@ def _print_papers(tasks: Any, records: list[dict[str, Any]], figures: dict[str, 
         table.add_row(task.title, shots, f"{record['value']:.1f}{error}", known, task.stated)
     table.caption = f"published: {source}"
     Console().print(table)
+
+
+@app.command()
+def throughput(
+    model: ModelOption = None,
+    prompt: Annotated[int, typer.Option(help="Tokens to read before the first one is written.")] = 2048,
+    tokens: Annotated[int, typer.Option(help="Tokens to write.")] = 32_768,
+    every: Annotated[int, typer.Option(help="Measure after so many tokens.")] = 1024,
+    batch_size: Annotated[int, typer.Option(help="Texts at once.")] = 1,
+    alone: Annotated[bool, typer.Option("--alone", help="Leave out the transformer of equal size.")] = False,
+    output: Annotated[Path | None, typer.Option(help="Append the results to this file of JSON lines.")] = None,
+    figure: FigureOption = None,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = None,
+) -> None:
+    """Tokens per second and memory of the state against length, beside a transformer of equal size."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from .. import cli
+    from .records import append_record
+    from .throughput import measure, transformer_of_equal_size
+
+    figures = _import_extra("figures") if figure is not None else None
+    table = Table("model", "tokens so far", "tokens/s", "state, MB")
+    records = []
+    try:
+        loaded, _ = cli._load(model, dtype, device)
+        models = {model or "the bundled demo": loaded}
+        if not alone:
+            peer = transformer_of_equal_size(loaded.config)
+            models["transformer of equal size"] = peer.to(device=loaded.device, dtype=loaded.dtype)
+        for label, each in models.items():
+            for record in measure(each, label, prompt, tokens, every, batch_size):
+                records.append(record)
+                if output is not None:
+                    append_record(output, record)
+    except ValueError as error:
+        fail(str(error))
+    for record in records:
+        numbers = (f"{record['length']:,}", f"{record['tokens_per_second']:.1f}", f"{record['cache_bytes'] / 1e6:.2f}")
+        table.add_row(record["label"], *numbers)
+    Console().print(table)
+    if figures is not None:
+        figures.draw_throughput(records, figure)

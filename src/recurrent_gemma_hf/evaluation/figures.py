@@ -87,3 +87,19 @@ def draw_positions(results: list[dict[str, Any]], path: Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     save(figure, path)
+
+
+def draw_throughput(records: list[dict[str, Any]], path: Path) -> None:
+    """Tokens per second while writing, and megabytes of state, against the length of the text."""
+    figure, (speed, memory) = plt.subplots(1, 2, figsize=(9, 3.4))
+    for label in dict.fromkeys(record["label"] for record in records):
+        mine = [record for record in records if record["label"] == label]
+        written = mine[1:]  # the first record is the prompt
+        speed.plot([r["length"] for r in written], [r["tokens_per_second"] for r in written], label=label)
+        memory.plot([r["length"] for r in mine], [r["cache_bytes"] / 1e6 for r in mine], label=label)
+    speed.set(xlabel="tokens so far", ylabel="tokens per second", ylim=(0, None))
+    memory.set(xlabel="tokens so far", ylabel="state, MB", ylim=(0, None))
+    speed.legend(fontsize=8)
+    for axes in (speed, memory):
+        axes.grid(alpha=0.3)
+    save(figure, path)

@@ -166,7 +166,10 @@ def test_the_command_measures_writes_and_draws(text_file, tmp_path, tokenizer):
     [
         (["--length", 100_000], "tokens, 100000 were asked for; give a longer text or a length of at most"),
         (["--length", 10, "--part", "0.9:0.1"], "part 0.9:0.1 must be two shares from 0 to 1"),
-        (["--length", 10, "--part", "half"], "--part 'half' is not a list of numbers"),
+        (
+            ["--length", 10, "--part", "0.5"],
+            "--part '0.5' is not a part of a text; give two shares, for instance 0.9:1",
+        ),
         (["--length", 10, "--text", "nowhere.txt"], "there is no file nowhere.txt; give a text file"),
     ],
 )

@@ -64,9 +64,11 @@ def synthetic(
     figure: FigureOption = None,
 ) -> None:
     """Train small models of equal size on the Griffin paper's synthetic tasks and measure how far they extrapolate."""
+    from .records import read_records
     from .synthetic import ARCHITECTURES, Measurement, Settings, run
     from .synthetic_tasks import TASKS, find_task
 
+    figures = _import_extra("figures") if figure is not None else None  # not first missed after hours of training
     try:
         plans = []
         for name in task or TASKS:
@@ -88,8 +90,8 @@ def synthetic(
             note(_summary(record))
     except ValueError as error:
         fail(str(error))
-    if figure is not None:
-        _draw("draw_synthetic", output, figure)
+    if figures is not None:
+        figures.draw_synthetic(read_records(output), figure)
 
 
 def _summary(record: dict[str, Any]) -> str:
@@ -97,13 +99,6 @@ def _summary(record: dict[str, Any]) -> str:
     solved = ", ".join(f"{cell['length']}: {cell['rows']:.0%}" for cell in cells)
     about = f"{record['task']}, {record['architecture']}, seed {record['seed']}"
     return f"{about}: {record['curve'][-1]['step']} steps, {record['seconds']:.0f} s; answers right at {solved}"
-
-
-def _draw(function: str, output: Path, figure: Path) -> None:
-    from .records import read_records
-
-    figures = _import_extra("figures")
-    getattr(figures, function)(read_records(output), figure)
 
 
 def _import_extra(module: str) -> Any:
@@ -144,11 +139,9 @@ def position(
     from .records import append_record, read_records
 
     figures = _import_extra("figures") if figure is not None else None
-    start, _, end = part.partition(":")
     try:
         wanted = Wanted(length=length, segments=segments, bins_per_octave=bins_per_octave)
-        shares = (*_numbers(start, "--part", float), *_numbers(end, "--part", float))
-        texts = read_documents(text, (shares[0], shares[1]))
+        texts = read_documents(text, _shares(part))
         loaded, tokenizer = cli._load(model, dtype, device)
         name = model or "the bundled demo"
         result = measure(loaded, tokenizer, texts, wanted, label=f"{name}, {length} tokens")
@@ -161,6 +154,14 @@ def position(
         results = read_records(output)  # measurements in one file come into one figure
     if figures is not None:
         figures.draw_positions(results, figure)
+
+
+def _shares(part: str) -> tuple[float, float]:
+    start, _, end = part.partition(":")
+    try:
+        return float(start), float(end)
+    except ValueError:
+        fail(f"--part {part!r} is not a part of a text; give two shares, for instance 0.9:1")
 
 
 def _print_bins(result: dict[str, Any]) -> None:

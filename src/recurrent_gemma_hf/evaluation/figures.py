@@ -53,7 +53,7 @@ def _draw_learning(axes: Axes, records: list[dict[str, Any]], task: str) -> None
         for number, run in enumerate(runs):
             steps = [0, *(row["step"] for row in run["curve"])]
             solved = [0.0, *(row["rows"] for row in run["curve"])]
-            label = f"{architecture} ({len(runs)} seeds)" if number == 0 else None
+            label = f"{architecture}, seeds: {len(runs)}" if number == 0 else None
             axes.plot(steps, solved, color=COLOURS.get(architecture), alpha=0.8, label=label)
     axes.set(title=f"{task}: learning", xlabel="step", ylabel="answers entirely right", ylim=(-0.03, 1.03))
     axes.grid(alpha=0.3)

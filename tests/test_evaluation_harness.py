@@ -75,13 +75,16 @@ def test_log_likelihoods_do_not_depend_on_the_batch(demo, kind, logits_cache):
         assert found == pytest.approx(expected, abs=1e-4)
 
 
-def test_a_context_longer_than_2048_tokens_is_not_cut(demo):
-    """The first words of a long context change the answer's likelihood: a model with a state has no longest context."""
+def test_a_context_longer_than_2048_tokens_is_not_cut(demo, monkeypatch):
+    """The model reads every token of a long context: with a state there is no longest one."""
     context, continuation = (DOCUMENTS[0] * 3).strip(), " Romeo"
     lm = language_model(demo)
+    call, lengths = lm._model_call, []
+    monkeypatch.setattr(lm, "_model_call", lambda ids: lengths.append(ids.shape[1]) or call(ids))
     ((found, _),) = lm.loglikelihood(requests("loglikelihood", [(context, continuation)]), disable_tqdm=True)
     assert found == pytest.approx(log_likelihood(demo, context, continuation), abs=1e-4)
-    assert len(lm.tok_encode(context)) > 2048
+    assert lengths == [len(lm.tok_encode(context + continuation)) - 1]
+    assert lengths[0] > 2048
 
 
 @torch.no_grad()

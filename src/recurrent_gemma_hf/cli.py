@@ -1,5 +1,5 @@
 """The `recurrent-gemma` command: `generate` writes text, `chat` talks, `info` describes a model without loading it,
-`memory` says what training it takes.
+`memory` says what training it takes, `eval` measures one.
 
 Whatever the user got wrong ends in one line on stderr, with the remedy, and exit code 2. What is slow to import
 (torch, Transformers) is imported where it is used.
@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from .evaluation.commands import app as evaluation_app
+
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase, TextStreamer
@@ -38,6 +40,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(evaluation_app, name="eval")
 
 ModelOption = Annotated[
     str | None, typer.Option("--model", "-m", help="A checkpoint folder or a Hub id; the bundled demo by default.")

@@ -1,0 +1,80 @@
+"""lm-evaluation-harness (EleutherAI, `lm-eval`) with models of this package.
+
+`--model hf` works as for any other model once this package is imported; that is what `recurrent-gemma eval harness`
+does before it hands over to lm-eval's own command line. Plain `lm_eval` would find Transformers' own RecurrentGemma.
+
+`--model recurrent_gemma` differs from `hf` where a constant-size state pays: nothing is cut off at 2048 tokens, and
+`loglikelihood_rolling` reads a document in one piece, the state carried along, where `hf` forgets everything at the
+border of every window.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from typing import Any
+
+import torch
+from lm_eval.__main__ import cli_evaluate
+from lm_eval.api.instance import Instance
+from lm_eval.api.registry import register_model
+from lm_eval.models.huggingface import HFLM
+from tqdm import tqdm
+
+from .streaming import streamed_logits
+
+# lm-eval cuts a context from the left at a length; nothing here needs cutting.
+UNLIMITED = 1 << 24
+
+
+@register_model("recurrent_gemma")
+class RecurrentGemmaLM(HFLM):
+    """HFLM without a longest context, and with documents of any length scored in one pass of linear cost.
+
+    Takes the arguments of `hf`. Raises ValueError for a batch size of "auto", which lm-eval finds by trying the
+    longest context there is.
+    """
+
+    def __init__(self, pretrained: Any, batch_size: int | str | None = 1, **kwargs: Any) -> None:
+        automatic = isinstance(batch_size, str) and batch_size.startswith("auto")
+        if automatic and not kwargs.get("max_length"):
+            raise ValueError(
+                f"batch_size {batch_size!r} is found by trying the longest context, and this model has none; give a "
+                "number, or max_length among the model arguments"
+            )
+        super().__init__(pretrained, batch_size=batch_size, **kwargs)
+        # lm-eval asks for a number of tokens by max_length, which a checkpoint's own max_new_tokens would overrule.
+        self.model.generation_config = copy.deepcopy(self.model.generation_config)
+        self.model.generation_config.max_new_tokens = None
+
+    @property
+    def max_length(self) -> int:
+        """The longest context: unlimited unless the model arguments say so."""
+        return self._max_length or UNLIMITED
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """The log-likelihood of each whole document after the beginning-of-sequence token, the state carried along."""
+        results = []
+        for request in tqdm(requests, disable=disable_tqdm or self.rank != 0, desc="Reading documents"):
+            (text,) = request.args
+            # hf adds the prefix in front of a text that already begins with one, and scores it.
+            tokens = [self.prefix_token_id, *self.tok_encode(text, add_special_tokens=False)]
+            results.append(self._log_likelihood(torch.tensor([tokens])) if len(tokens) > 1 else 0.0)
+            self.cache_hook.add_partial("loglikelihood_rolling", (text,), results[-1])
+        return results
+
+    def _log_likelihood(self, tokens_BT: torch.Tensor) -> float:
+        total = 0.0
+        for logits_BCV, targets_BC in streamed_logits(self.model, tokens_BT):
+            log_probabilities_BCV = logits_BCV.log_softmax(-1, dtype=self.softmax_dtype or torch.float32)
+            total += log_probabilities_BCV.gather(2, targets_BC[..., None]).double().sum().item()
+        return total
+
+
+def run_command_line(arguments: list[str]) -> None:
+    """lm-eval's own command line (`run`, `ls`, `validate`), with this package's models known to it."""
+    previous, sys.argv = sys.argv, ["recurrent-gemma eval harness", *arguments]
+    try:
+        cli_evaluate()
+    finally:
+        sys.argv = previous

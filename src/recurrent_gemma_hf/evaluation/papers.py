@@ -1,0 +1,161 @@
+"""The task list of the RecurrentGemma report (arXiv 2404.07839, table 2) with lm-eval, published figures beside.
+
+The published figures are those of the model cards (`model_cards/`, or the README.md beside converted weights): they
+are written down once, there, with their source. Google evaluated with its own code, so prompts, and where the report
+does not state them the number of examples, differ; a figure here is not a reproduction to the tenth of a point.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .records import append_record, provenance, read_records
+
+if TYPE_CHECKING:
+    from lm_eval.api.model import LM
+
+
+@dataclass(frozen=True)
+class PaperTask:
+    """A line of the report's table.
+
+    task: the name in lm-eval; dataset: the type of the data set in the cards; metric: the key of lm-eval's result;
+    few_shot: examples in the prompt, None where lm-eval's own task decides; stated: what the report says about it.
+    """
+
+    title: str
+    task: str
+    dataset: str
+    metric: str
+    few_shot: int | None
+    stated: str
+    runs_code: bool = False
+
+
+PAPER_TASKS = (
+    PaperTask("MMLU", "mmlu", "mmlu", "acc,none", 5, "5-shot, top-1"),
+    PaperTask("HellaSwag", "hellaswag", "hellaswag", "acc_norm,none", 0, "0-shot"),
+    PaperTask("PIQA", "piqa", "piqa", "acc,none", 0, "0-shot"),
+    PaperTask("SocialIQA", "social_iqa", "social_i_qa", "acc,none", 0, "0-shot"),
+    PaperTask("BoolQ", "boolq", "boolq", "acc,none", 0, "0-shot"),
+    PaperTask("WinoGrande", "winogrande", "winogrande", "acc,none", 0, "partial score"),
+    PaperTask("CommonsenseQA", "commonsense_qa", "commonsense_qa", "acc,none", 7, "7-shot"),
+    PaperTask("OpenBookQA", "openbookqa", "openbookqa", "acc_norm,none", 0, "not stated"),
+    PaperTask("ARC-e", "arc_easy", "arc_easy", "acc,none", 0, "not stated"),
+    PaperTask("ARC-c", "arc_challenge", "arc_challenge", "acc_norm,none", 0, "not stated"),
+    PaperTask("TriviaQA", "triviaqa", "trivia_qa", "exact_match,remove_whitespace", 5, "5-shot"),
+    PaperTask("Natural Questions", "nq_open", "nq_open", "exact_match,remove_whitespace", 5, "5-shot"),
+    PaperTask("HumanEval", "humaneval", "humaneval", "pass@1,create_test", 0, "pass@1", runs_code=True),
+    PaperTask("MBPP", "mbpp", "mbpp", "pass_at_1,none", 3, "3-shot", runs_code=True),
+    PaperTask("GSM8K", "gsm8k", "gsm8k", "exact_match,strict-match", 5, "maj@1"),
+    PaperTask("MATH", "minerva_math", "math", "exact_match,none", 4, "4-shot"),
+    PaperTask("AGIEval", "agieval", "agieval", "acc,none", None, "not stated"),
+    PaperTask("BIG-Bench Hard", "bbh", "bbh", "exact_match,get-answer", None, "not stated"),
+)
+PUBLISHED = ("recurrentgemma-2b", "recurrentgemma-2b-it", "recurrentgemma-9b", "recurrentgemma-9b-it")
+
+
+def find_tasks(names: Iterable[str] | None) -> tuple[PaperTask, ...]:
+    """The lines with these lm-eval names, all of them for None; raises ValueError for any other name."""
+    if names is None:
+        return PAPER_TASKS
+    known = {task.task: task for task in PAPER_TASKS}
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ValueError(
+            f"{unknown[0]!r} is not on the paper's list, which is {', '.join(known)}; any other task of lm-eval runs "
+            "with recurrent-gemma eval harness"
+        )
+    return tuple(known[name] for name in names)
+
+
+def card_path(name: str) -> Path:
+    """The card of a published model: in the installed package, or in the checkout that it runs from."""
+    if name not in PUBLISHED:
+        raise ValueError(f"there is no card {name!r}; there are {', '.join(PUBLISHED)}")
+    package = Path(__file__).parents[1]
+    places = (package / "model_cards", package.parents[1] / "model_cards")
+    for place in places:
+        if (place / f"{name}.md").is_file():
+            return place / f"{name}.md"
+    raise ValueError(f"there is no {name}.md in {places[0]} or {places[1]}; install the package again")
+
+
+def published_figures(card: Path) -> dict[str, float]:
+    """Type of the data set -> figure, from the metadata of a card (`model-index`); empty where it has none."""
+    from huggingface_hub import ModelCard
+
+    return {
+        result.dataset_type: float(result.metric_value)
+        for result in ModelCard.load(card).data.eval_results or ()
+        if result.metric_value is not None
+    }
+
+
+def load_model(location: str, batch_size: int, device: str, dtype: str) -> LM:
+    """The model as lm-eval sees it (`recurrent_gemma`)."""
+    from .harness import RecurrentGemmaLM
+
+    return RecurrentGemmaLM(location, batch_size=batch_size, device=device, dtype=dtype, logits_cache=True)
+
+
+def run(
+    model: LM, label: str, tasks: Iterable[PaperTask], output: Path, limit: int | None, run_code: bool
+) -> Iterator[dict[str, Any]]:
+    """Evaluates what `output` does not hold yet, and yields all lines' records in order.
+
+    A finished task is one line of JSON, written at once. Raises ValueError, before anything runs, for a task that runs
+    the model's code without `run_code`, and for a task whose data cannot be read.
+    """
+    tasks = tuple(tasks)
+    refused = [task.task for task in tasks if task.runs_code and not run_code]
+    if refused:
+        raise ValueError(
+            f"{', '.join(refused)} run the code that the model writes; allow it with --run-code where that is safe, or "
+            "name the other tasks with --task"
+        )
+    done = {
+        record["task"]: record
+        for record in read_records(output)
+        if (record.get("model"), record.get("limit")) == (label, limit)
+    }
+    for task in tasks:
+        record = done.get(task.task)
+        if record is None:
+            record = {"model": label, "limit": limit, **evaluate(model, task, limit), **provenance()}
+            append_record(output, record)
+        yield record
+
+
+def evaluate(model: LM, task: PaperTask, limit: int | None) -> dict[str, Any]:
+    """One task: its figure in per cent, the standard error that lm-eval gives, and the settings."""
+    import lm_eval
+
+    try:
+        results = lm_eval.simple_evaluate(
+            model,
+            tasks=[task.task],
+            num_fewshot=task.few_shot,
+            limit=limit,
+            log_samples=False,
+            confirm_run_unsafe_code=task.runs_code,
+        )["results"][task.task]
+    except (OSError, ConnectionError) as error:
+        raise ValueError(
+            f"the data of {task.task} cannot be read ({' '.join(str(error).split())[:200]}); connect to the Hub once, "
+            "or leave the task out with --task"
+        ) from error
+    if task.metric not in results:
+        raise ValueError(f"lm-eval's {task.task} has no {task.metric!r} but {', '.join(sorted(results))}")
+    metric, _, filtered = task.metric.partition(",")
+    standard_error = results.get(f"{metric}_stderr,{filtered}")
+    return {
+        "task": task.task,
+        "metric": task.metric,
+        "few_shot": task.few_shot,
+        "value": 100 * results[task.metric],
+        "standard_error": 100 * standard_error if isinstance(standard_error, float) else None,
+    }

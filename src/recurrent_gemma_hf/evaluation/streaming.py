@@ -1,0 +1,51 @@
+"""Reading a text of any length through the cache: constant memory, the same numbers as one forward over all of it.
+
+Shape suffixes: B batch, T time, C tokens of one chunk, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+
+from .. import RecurrentGemmaCache, RecurrentGemmaForCausalLM
+
+# The logits of one chunk take four bytes per token and entry of the vocabulary; with 256,000 entries this is 1 GB.
+LOGITS_OF_A_CHUNK = 1 << 28
+LONGEST_CHUNK = 4096
+
+
+def chunk_length(vocab_size: int, batch_size: int = 1) -> int:
+    """How many tokens to read at once, so that their logits stay about 1 GB in float32."""
+    return max(1, min(LONGEST_CHUNK, LOGITS_OF_A_CHUNK // (vocab_size * batch_size)))
+
+
+@torch.no_grad()
+def streamed_logits(
+    model: RecurrentGemmaForCausalLM, tokens_BT: torch.Tensor, chunk: int | None = None
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yields (logits_BCV, targets_BC), chunk after chunk: every token but the first is predicted from all before it.
+
+    Raises ValueError for fewer than two tokens, which leave nothing to predict.
+    """
+    if tokens_BT.shape[1] < 2:
+        raise ValueError(f"{tokens_BT.shape[1]} tokens leave nothing to predict; give 2 or more")
+    model.eval()
+    cache = RecurrentGemmaCache(model.config)
+    step = chunk or chunk_length(model.config.vocab_size, tokens_BT.shape[0])
+    last = tokens_BT.shape[1] - 1
+    for start in range(0, last, step):
+        end = min(start + step, last)
+        inputs_BC = tokens_BT[:, start:end].to(model.device)
+        logits_BCV = model(inputs_BC, past_key_values=cache).logits
+        yield logits_BCV, tokens_BT[:, start + 1 : end + 1].to(model.device)
+
+
+def streamed_losses(
+    model: RecurrentGemmaForCausalLM, tokens_BT: torch.Tensor, chunk: int | None = None
+) -> Iterator[torch.Tensor]:
+    """Yields the losses (B, C) in nats, float32, of every token but the first, chunk after chunk."""
+    for logits_BCV, targets_BC in streamed_logits(model, tokens_BT, chunk):
+        yield F.cross_entropy(logits_BCV.float().transpose(1, 2), targets_BC, reduction="none")

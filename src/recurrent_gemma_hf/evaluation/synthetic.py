@@ -1,0 +1,289 @@
+"""Training small models on the synthetic tasks and measuring them at lengths they were not trained on.
+
+Four architectures of equal size, all of this package's own blocks, so that nothing but the temporal mixing differs:
+Griffin (one attention block in the middle, as in section 6.2 of the paper), Hawk, and two transformers, one whose
+attention sees a window and one whose attention sees everything.
+
+Shape suffixes: B batch, T time, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from .. import RecurrentGemmaCache, RecurrentGemmaConfig, RecurrentGemmaForCausalLM
+from .records import append_record, provenance, read_records
+from .synthetic_tasks import Batch, Task, find_task
+
+LAYERS = 5
+HEADS = 4
+# What attention without a window means here: no sequence is longer.
+EVERYTHING = 1 << 24
+ARCHITECTURES: dict[str, tuple[str, ...]] = {
+    "griffin": ("recurrent", "recurrent", "attention", "recurrent", "recurrent"),
+    "hawk": ("recurrent",),
+    "sliding-window transformer": ("attention",),
+    "transformer": ("attention",),
+}
+# Tokens that are read at once when a sequence is longer: memory does not depend on the length, except for the
+# transformer without a window, which reads everything at once.
+CHUNK = 2048
+# Batches come from different parts of the seeds' space, so that no evaluation row was ever trained on by design of the
+# generator rather than by luck.
+TRAINING, VALIDATION, EVALUATION = 0, 1, 2
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What every architecture is trained with.
+
+    Every batch has sequences of one length, drawn between `shortest` and `length`. The paper's are all of one length,
+    which is what `shortest` equal to `length` means; they take far longer to learn. The learning rate warms up, stays,
+    and falls to zero over the last `decay_steps` steps. Training ends early when the held-out accuracy has reached
+    `solved`, so the number of steps is the speed of learning.
+    """
+
+    length: int
+    window: int
+    shortest: int
+    width: int = 64
+    batch_size: int = 32
+    max_steps: int = 2000
+    learning_rate: float = 3e-3
+    warmup_steps: int = 50
+    decay_steps: int = 100
+    weight_decay: float = 0.01
+    gradient_clip: float = 1.0
+    evaluate_every: int = 50
+    validation_rows: int = 128
+    solved: float = 0.98
+
+    def __post_init__(self) -> None:
+        for name in (
+            "length",
+            "window",
+            "shortest",
+            "width",
+            "batch_size",
+            "max_steps",
+            "evaluate_every",
+            "validation_rows",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)} must be 1 or more")
+        if not 1 <= self.shortest <= self.length:
+            raise ValueError(f"shortest {self.shortest} must be from 1 to length {self.length}")
+        if self.width % HEADS:
+            raise ValueError(f"width {self.width} must be a multiple of the {HEADS} heads")
+        if self.learning_rate <= 0:
+            raise ValueError(f"learning_rate {self.learning_rate} must be above 0")
+
+
+def generator_for(purpose: int, seed: int, *rest: int) -> torch.Generator:
+    """A generator that depends on all of its numbers, and on no global state."""
+    digest = hashlib.sha256(repr((purpose, seed, *rest)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+def build_model(architecture: str, task: Task, settings: Settings, seed: int) -> RecurrentGemmaForCausalLM:
+    """An untrained float32 model; the architectures differ by less than 1% in parameters."""
+    if architecture not in ARCHITECTURES:
+        raise ValueError(f"unknown architecture {architecture!r}; there are {', '.join(ARCHITECTURES)}")
+    torch.manual_seed(seed)
+    return RecurrentGemmaForCausalLM(_config(architecture, task, settings))
+
+
+def _config(architecture: str, task: Task, settings: Settings) -> RecurrentGemmaConfig:
+    """Attention blocks have fewer parameters than recurrent ones; the MLP makes up for it, Griffin is the measure."""
+
+    def config(architecture: str, mlp: int) -> RecurrentGemmaConfig:
+        return RecurrentGemmaConfig(
+            vocab_size=task.vocab_size,
+            hidden_size=settings.width,
+            intermediate_size=2 * mlp,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=HEADS,
+            block_types=ARCHITECTURES[architecture],
+            attention_window_size=EVERYTHING if architecture == "transformer" else settings.window,
+            embeddings_scale_by_sqrt_dim=False,  # as in the Griffin paper
+            logits_soft_cap=0.0,
+            pad_token_id=None,
+            eos_token_id=None,
+            bos_token_id=None,
+        )
+
+    base = 3 * settings.width
+    difference = _parameters(config("griffin", base)) - _parameters(config(architecture, base))
+    per_unit = _parameters(config(architecture, base + 1)) - _parameters(config(architecture, base))
+    return config(architecture, base + round(difference / per_unit))
+
+
+def _parameters(config: RecurrentGemmaConfig) -> int:
+    with torch.device("meta"):
+        model = RecurrentGemmaForCausalLM(config)
+    model.tie_weights()
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def train(
+    model: RecurrentGemmaForCausalLM, task: Task, settings: Settings, seed: int, title: str = ""
+) -> list[dict[str, float]]:
+    """Train in place; returns the curve, one row per evaluation on held-out sequences of the training length."""
+    optimizer = _optimizer(model, settings)
+    validation = task.batch(settings.length, settings.validation_rows, generator_for(VALIDATION, seed))
+    random = generator_for(TRAINING, seed)
+    curve: list[dict[str, float]] = []
+    last_step, losses = settings.max_steps, []
+    with tqdm(total=settings.max_steps, unit="step", desc=title) as progress:
+        step = 0
+        while step < last_step:
+            for group in optimizer.param_groups:
+                group["lr"] = _learning_rate(step, last_step, settings)
+            length = int(torch.randint(settings.shortest, settings.length + 1, (), generator=random))
+            batch = task.batch(length, settings.batch_size, random)
+            losses.append(_training_step(model, optimizer, batch, settings))
+            step += 1
+            progress.update()
+            if not math.isfinite(losses[-1]):
+                raise ValueError(f"the loss became {losses[-1]} at step {step}; give a lower --learning-rate")
+            if step % settings.evaluate_every and step != last_step:
+                continue
+            accuracy = accuracies(model, validation)
+            curve.append({"step": step, "training_loss": sum(losses) / len(losses), **accuracy})
+            progress.set_postfix(loss=f"{curve[-1]['training_loss']:.3f}", solved=f"{accuracy['rows']:.0%}")
+            losses = []
+            if accuracy["rows"] >= settings.solved and last_step == settings.max_steps:
+                last_step = min(last_step, step + settings.decay_steps)
+    return curve
+
+
+def _optimizer(model: RecurrentGemmaForCausalLM, settings: Settings) -> torch.optim.AdamW:
+    """AdamW; Lambda (the decay of the recurrence), norms and biases are not pulled towards zero."""
+    decayed: list[torch.nn.Parameter] = []
+    kept: list[torch.nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        (decayed if name.endswith("weight") and parameter.ndim >= 2 else kept).append(parameter)
+    groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": kept, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.98))
+
+
+def _learning_rate(step: int, last_step: int, settings: Settings) -> float:
+    warm = (step + 1) / max(settings.warmup_steps, 1)
+    left = (last_step - step) / max(settings.decay_steps, 1)
+    return settings.learning_rate * min(1.0, warm, left)
+
+
+def _training_step(
+    model: RecurrentGemmaForCausalLM, optimizer: torch.optim.Optimizer, batch: Batch, settings: Settings
+) -> float:
+    model.train()
+    targets_BT = batch.labels_BT[:, 1:]
+    asked = (targets_BT[0] != -100).nonzero()[:, 0]  # every row of a batch asks at the same places
+    logits_BTV = model(batch.tokens_BT[:, :-1], use_cache=False, logits_to_keep=asked).logits
+    loss = F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT[:, asked].flatten())
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), settings.gradient_clip)
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.item()
+
+
+@torch.no_grad()
+def accuracies(model: RecurrentGemmaForCausalLM, batch: Batch) -> dict[str, float]:
+    """The share of answer tokens and of whole answers (rows) that greedy decoding gets right."""
+    model.eval()
+    inputs_BT, answer = batch.tokens_BT[:, :-1], batch.answer
+    # A window over all of the sequence would be a cache as large: there is nothing to save by reading in chunks.
+    if inputs_BT.shape[1] <= CHUNK or inputs_BT.shape[1] <= model.config.attention_window_size:
+        logits_BTV = model(inputs_BT, use_cache=False, logits_to_keep=answer).logits
+    else:
+        # The last chunk holds all of the answer, however long the sequence.
+        cache, context = RecurrentGemmaCache(model.config), inputs_BT.shape[1] - answer
+        for start in range(0, context, CHUNK):
+            model(inputs_BT[:, start : min(start + CHUNK, context)], past_key_values=cache, logits_to_keep=1)
+        logits_BTV = model(inputs_BT[:, context:], past_key_values=cache).logits
+    right_BT = logits_BTV.argmax(-1) == batch.tokens_BT[:, -answer:]
+    return {"tokens": right_BT.float().mean().item(), "rows": right_BT.all(dim=1).float().mean().item()}
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Where a trained model is measured: at `lengths` with the needle anywhere, and, in a task with one needle, at
+    `depth_lengths` with the needle at each of `depths`."""
+
+    lengths: tuple[int, ...]
+    depth_lengths: tuple[int, ...] = ()
+    depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
+    rows: int = 128
+    batch_size: int = 32
+
+
+def measure(model: RecurrentGemmaForCausalLM, task: Task, wanted: Measurement, seed: int) -> list[dict[str, Any]]:
+    """Accuracy for every length, with the needle anywhere (depth None) and at each depth."""
+    cells: list[tuple[int, float | None]] = [(length, None) for length in wanted.lengths]
+    if task.has_depth:
+        cells += [(length, depth) for length in wanted.depth_lengths for depth in wanted.depths]
+    return [
+        {"length": length, "depth": depth, **_measure_cell(model, task, wanted, length, depth, seed)}
+        for length, depth in cells
+    ]
+
+
+def _measure_cell(
+    model: RecurrentGemmaForCausalLM, task: Task, wanted: Measurement, length: int, depth: float | None, seed: int
+) -> dict[str, float]:
+    random = generator_for(EVALUATION, seed, length)
+    totals = {"tokens": 0.0, "rows": 0.0}
+    for start in range(0, wanted.rows, wanted.batch_size):
+        rows = min(wanted.batch_size, wanted.rows - start)
+        for name, value in accuracies(model, task.batch(length, rows, random, depth)).items():
+            totals[name] += value * rows
+    return {name: value / wanted.rows for name, value in totals.items()}
+
+
+def run(
+    tasks: Iterable[tuple[str, Settings, Measurement]], architectures: Iterable[str], seeds: Iterable[int], output: Path
+) -> Iterator[dict[str, Any]]:
+    """Train and measure every combination that `output` (JSON lines) does not hold yet; yields the new records.
+
+    A finished run is one line, written at once, so the same call goes on where an earlier one was stopped. Seeds are
+    the outermost loop: whenever it is stopped, what is there is balanced.
+    """
+    tasks, architectures = list(tasks), list(architectures)
+    done = {_key(record) for record in read_records(output)}
+    for seed in seeds:
+        for name, settings, wanted in tasks:
+            for architecture in architectures:
+                about = {"task": name, "architecture": architecture, "seed": seed, "settings": asdict(settings)}
+                if _key(about) in done:
+                    continue
+                task = find_task(name)
+                model = build_model(architecture, task, settings, seed)
+                start = time.perf_counter()
+                curve = train(model, task, settings, seed, title=f"{name}, {architecture}, seed {seed}")
+                record = {
+                    **about,
+                    "parameters": model.num_parameters(),
+                    "curve": curve,
+                    "seconds": round(time.perf_counter() - start, 1),
+                    "accuracy": measure(model, task, wanted, seed),
+                    **provenance(),
+                }
+                append_record(output, record)
+                yield record
+
+
+def _key(record: dict[str, Any]) -> str:
+    names = ("task", "architecture", "seed", "settings")
+    return json.dumps([record.get(name) for name in names], sort_keys=True)

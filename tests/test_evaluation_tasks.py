@@ -1,0 +1,351 @@
+"""The synthetic tasks mean what they say, and training on them resumes, repeats and refuses as promised.
+
+Shape suffixes: B batch, T time.
+"""
+
+import json
+import random
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from recurrent_gemma_hf import RecurrentGemmaForCausalLM, cli, demo_checkpoint
+from recurrent_gemma_hf.evaluation import retrieval, synthetic
+from recurrent_gemma_hf.evaluation import synthetic_tasks as tasks
+from recurrent_gemma_hf.evaluation.records import append_record, read_records
+
+SMALL = synthetic.Settings(
+    length=24, shortest=8, window=12, width=16, batch_size=4, max_steps=3, evaluate_every=2, validation_rows=8
+)
+
+
+def batch(name, length=64, rows=8, seed=0, depth=None):
+    return tasks.find_task(name).batch(length, rows, torch.Generator().manual_seed(seed), depth)
+
+
+@pytest.mark.parametrize("name", tasks.TASKS)
+@pytest.mark.parametrize("extra", [0, 1, 5, 100])
+def test_batches_have_the_asked_shape_and_known_tokens(name, extra):
+    task = tasks.TASKS[name]
+    made = batch(name, task.shortest + extra, rows=5)
+    assert made.tokens_BT.shape == (5, task.shortest + extra)
+    assert made.tokens_BT.dtype == torch.int64
+    assert made.tokens_BT.min() >= 0
+    assert made.tokens_BT.max() < task.vocab_size
+    assert (made.labels_BT[:, -made.answer :] == made.tokens_BT[:, -made.answer :]).all()
+
+
+@pytest.mark.parametrize("name", tasks.TASKS)
+def test_a_seed_repeats_its_batch_and_another_does_not(name):
+    assert (batch(name, seed=3).tokens_BT == batch(name, seed=3).tokens_BT).all()
+    assert (batch(name, seed=3).tokens_BT != batch(name, seed=4).tokens_BT).any()
+
+
+def test_selective_copying_asks_for_the_data_in_its_order():
+    for row in batch("selective-copying").tokens_BT.tolist():
+        context, answer = row[: row.index(tasks.COPY)], row[row.index(tasks.COPY) + 1 :]
+        assert [token for token in context if token != tasks.NOISE] == answer
+        assert len(answer) == tasks.COPIED
+
+
+@pytest.mark.parametrize("depth", [None, 0.0, 0.3, 1.0])
+def test_induction_heads_answer_is_what_followed_the_special_token(depth):
+    for row in batch("induction-heads", depth=depth).tokens_BT.tolist():
+        place = row.index(tasks.SPECIAL)
+        assert row.count(tasks.SPECIAL) == 2
+        assert row[-2] == tasks.SPECIAL
+        assert row[-1] == row[place + 1]
+        assert place + 1 < len(row) - 2
+        if depth is not None:
+            assert place == round(depth * 60)
+
+
+@pytest.mark.parametrize("depth", [None, 0.0, 0.5, 1.0])
+def test_passkey_lies_at_its_depth(depth):
+    for row in batch("passkey", depth=depth).tokens_BT.tolist():
+        place = row.index(tasks.KEY)
+        assert row[-6:] == row[place : place + 6]
+        assert all(token >= tasks.FIRST_NOISE for token in row[:place] + row[place + 6 : -6])
+        if depth is not None:
+            assert place == round(depth * (64 - 12))
+
+
+@pytest.mark.parametrize("length", [41, 64, 300])
+@pytest.mark.parametrize("depth", [None, 0.0, 1.0])
+def test_phonebook_looks_up_what_is_written_in_it(length, depth):
+    made = batch("phonebook", length, depth=depth)
+    for row, labels in zip(made.tokens_BT.tolist(), made.labels_BT.tolist(), strict=True):
+        start = next(place for place, token in enumerate(row) if token != tasks.PAD)
+        assert start < tasks.ENTRY
+        lines = [row[i : i + tasks.ENTRY] for i in range(start, len(row), tasks.ENTRY)]
+        book, questions = [line[:6] for line in lines[:-3]], [line[:6] for line in lines[-3:]]
+        assert len({tuple(line[:2]) for line in book}) == len(book)
+        assert all(question in book for question in questions)
+        assert len({tuple(question) for question in questions}) == 3
+        if depth is not None:
+            assert questions[2] == book[round(depth * (len(book) - 1))]
+        assert [label for label in labels if label != tasks.IGNORED] == [d for q in questions for d in q[3:]]
+
+
+def test_random_depths_reach_both_ends():
+    places = {row.index(tasks.SPECIAL) for row in batch("induction-heads", 6, rows=200).tokens_BT.tolist()}
+    assert places == {0, 1, 2}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("copying",), "unknown task 'copying'; there are selective-copying"),
+        (("passkey", 11), "length 11 is too short for this task; give 12 or more"),
+        (("passkey", 64, 0), "batch size 0 must be 1 or more"),
+        (("passkey", 64, 1, 0, 1.5), "depth 1.5 must be from 0"),
+        (("selective-copying", 64, 1, 0, 0.5), "depth 0.5: this task has no single needle"),
+        (("phonebook", 7 * 676 + 28, 1), "needs 677 names, there are 676; give at most 4758"),
+    ],
+)
+def test_a_task_refuses_what_it_has_not(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        batch(*arguments)
+
+
+def test_the_longest_phonebook_works():
+    assert batch("phonebook", 4758, 1).tokens_BT.shape == (1, 4758)
+
+
+# --- models, training, measuring ---
+
+
+@pytest.mark.parametrize("width", [32, 64, 128])
+def test_the_architectures_are_of_equal_size(width):
+    settings = synthetic.Settings(length=64, shortest=64, window=32, width=width)
+    sizes = [
+        synthetic.build_model(name, tasks.TASKS["phonebook"], settings, 0).num_parameters()
+        for name in synthetic.ARCHITECTURES
+    ]
+    assert max(sizes) < 1.01 * min(sizes)
+
+
+def test_only_the_sliding_window_transformer_forgets():
+    made = batch("induction-heads", 64, depth=0.0)
+    changed_BT = made.tokens_BT.clone()
+    changed_BT[:, 0] = (changed_BT[:, 0] + 1) % 15
+    settings = synthetic.Settings(length=64, shortest=64, window=4, width=16)
+    reached = {}
+    for name in synthetic.ARCHITECTURES:
+        model = synthetic.build_model(name, tasks.TASKS["induction-heads"], settings, 0).eval()
+        with torch.no_grad():
+            logits = [model(tokens, use_cache=False).logits[:, -1] for tokens in (made.tokens_BT, changed_BT)]
+        reached[name] = not torch.equal(*logits)
+    assert reached == {"griffin": True, "hawk": True, "sliding-window transformer": False, "transformer": True}
+
+
+@pytest.mark.parametrize("architecture", synthetic.ARCHITECTURES)
+def test_training_learns(architecture):
+    """Enough steps for the loss to fall below chance on a task whose answer stands two tokens before."""
+    settings = synthetic.Settings(
+        length=6, shortest=6, window=8, width=16, batch_size=32, max_steps=250, evaluate_every=250, learning_rate=1e-2
+    )
+    task = tasks.TASKS["induction-heads"]
+    model = synthetic.build_model(architecture, task, settings, 0)
+    before = synthetic.accuracies(model, task.batch(6, 256, torch.Generator().manual_seed(9)))
+    curve = synthetic.train(model, task, settings, seed=0)
+    assert before["rows"] < 0.2
+    assert curve[-1]["rows"] > 0.5
+
+
+def test_training_ends_when_the_task_is_solved():
+    settings = synthetic.Settings(**{**SMALL.__dict__, "solved": 0.0, "max_steps": 1000, "decay_steps": 5})
+    task = tasks.TASKS["induction-heads"]
+    curve = synthetic.train(synthetic.build_model("hawk", task, settings, 0), task, settings, seed=0)
+    assert [row["step"] for row in curve] == [2, 4, 6, 7]
+
+
+def test_accuracy_counts_tokens_and_whole_answers(monkeypatch):
+    task = tasks.TASKS["passkey"]
+    made = batch("passkey", 40, rows=2)
+    model = synthetic.build_model("griffin", task, SMALL, 0)
+    logits_BTV = torch.nn.functional.one_hot(made.tokens_BT[:, -5:], task.vocab_size).float()
+    logits_BTV[0, 2] = 0.0
+    logits_BTV[0, 2, tasks.KEY] = 1.0  # one wrong token in one of two rows
+    monkeypatch.setattr(
+        model, "forward", lambda *_, **__: type("Output", (), {"logits": logits_BTV, "past_key_values": None})
+    )
+    assert synthetic.accuracies(model, made) == {"tokens": pytest.approx(0.9), "rows": 0.5}
+
+
+@pytest.mark.parametrize("architecture", ["griffin", "hawk", "sliding-window transformer"])
+def test_long_sequences_are_measured_in_chunks_with_the_same_result(architecture, monkeypatch):
+    task = tasks.TASKS["passkey"]
+    made = batch("passkey", 100, rows=4)
+    model = synthetic.build_model(architecture, task, SMALL, 0).eval()
+    seen = []
+    forward = model.forward
+
+    def watch(*arguments, **settings):
+        output = forward(*arguments, **settings)
+        seen.append(output.logits[:, -5:])
+        return output
+
+    monkeypatch.setattr(model, "forward", watch)
+    synthetic.accuracies(model, made)
+    monkeypatch.setattr(synthetic, "CHUNK", 30)
+    synthetic.accuracies(model, made)
+    assert len(seen) == 1 + 4 + 1
+    torch.testing.assert_close(seen[0], seen[-1], atol=1e-5, rtol=1e-5)
+
+
+def test_runs_are_resumed_and_repeat_exactly(tmp_path):
+    plan = [
+        ("induction-heads", SMALL, synthetic.Measurement(lengths=(24,), depth_lengths=(24,), depths=(0.5,), rows=5))
+    ]
+
+    def run(seeds, output):
+        return list(synthetic.run(plan, ["hawk", "griffin"], seeds, output))
+
+    first = run([0], tmp_path / "a.jsonl")
+    assert [(r["architecture"], r["seed"]) for r in first] == [("hawk", 0), ("griffin", 0)]
+    assert [(cell["length"], cell["depth"]) for cell in first[0]["accuracy"]] == [(24, None), (24, 0.5)]
+    more = run([0, 1], tmp_path / "a.jsonl")
+    assert [(r["architecture"], r["seed"]) for r in more] == [("hawk", 1), ("griffin", 1)]
+    assert len(read_records(tmp_path / "a.jsonl")) == 4
+    again = run([1], tmp_path / "b.jsonl")
+    assert [r["curve"] for r in again] == [r["curve"] for r in more]
+    assert [r["accuracy"] for r in again] == [r["accuracy"] for r in more]
+
+
+def test_a_broken_line_of_results_is_named(tmp_path):
+    path = tmp_path / "results.jsonl"
+    append_record(path, {"a": 1})
+    with path.open("a") as file:
+        file.write('{"b": \n')
+    with pytest.raises(ValueError, match=r"line 2 is not JSON"):
+        read_records(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"length": 0}, "length 0 must be 1 or more"),
+        ({"shortest": 25}, "shortest 25 must be from 1 to length 24"),
+        ({"width": 30}, "width 30 must be a multiple of the 4 heads"),
+        ({"learning_rate": 0.0}, "learning_rate 0.0 must be above 0"),
+    ],
+)
+def test_impossible_settings_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        synthetic.Settings(**{**SMALL.__dict__, **changes})
+
+
+def test_an_unknown_architecture_is_refused():
+    with pytest.raises(ValueError, match="unknown architecture 'mamba'; there are griffin, hawk"):
+        synthetic.build_model("mamba", tasks.TASKS["passkey"], SMALL, 0)
+
+
+def eval_command(*arguments):
+    return CliRunner().invoke(cli.app, ["eval", *map(str, arguments)])
+
+
+def test_the_synthetic_command_trains_measures_and_draws(tmp_path):
+    pytest.importorskip("matplotlib", reason="the extra eval is not installed")
+    arguments = "synthetic --task passkey --architecture hawk --seeds 1 --length 24 --width 16 --batch-size 2".split()
+    arguments += ["--max-steps", "2", "--rows", "3", "--lengths", "24,48", "--output", tmp_path / "runs.jsonl"]
+    result = eval_command(*arguments, "--figure", tmp_path / "figure.png")
+    assert result.exit_code == 0, result.output
+    (record,) = read_records(tmp_path / "runs.jsonl")
+    assert record["settings"]["length"] == record["settings"]["shortest"] == 24
+    assert record["settings"]["window"] == 12
+    assert "passkey, hawk, seed 0: 2 steps" in result.output
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("synthetic --task sorting", "unknown task 'sorting'; there are selective-copying"),
+        ("synthetic --architecture mamba --length 64", "unknown architecture 'mamba'"),
+        ("synthetic --lengths 1,x", "--lengths '1,x' is not a list of numbers"),
+    ],
+)
+def test_the_synthetic_command_names_mistakes(arguments, message, tmp_path):
+    result = eval_command(*arguments.split(), "--output", tmp_path / "runs.jsonl")
+    assert result.exit_code == 2
+    assert message in " ".join(result.output.split())
+
+
+# --- retrieval with text ---
+
+
+def test_a_passkey_prompt_holds_its_key_at_its_depth():
+    early, late = (retrieval.passkey_prompt(20, depth, random.Random(1)) for depth in (0.0, 1.0))
+    assert early.text.startswith(f"The pass key is {early.answer}.")
+    assert late.text.count(late.answer) == 2
+    assert late.text.index(late.answer) > len(retrieval.FILLER) * 20
+    assert early.text.endswith("The pass key is")
+
+
+@pytest.mark.parametrize("depth", [None, 0.0, 1.0])
+def test_a_phonebook_prompt_asks_for_one_of_its_entries(depth):
+    prompt = retrieval.phonebook_prompt(12, depth, random.Random(2))
+    book, questions = prompt.text.split("\n\n")
+    lines = book.split("\n")
+    *examples, asked = questions.split("\n")
+    assert len(lines) == len(set(lines)) == 12
+    assert all(example in lines for example in examples)
+    assert f"{asked} {prompt.answer}" in lines
+    assert f"{asked} {prompt.answer}" not in examples
+    if depth is not None:
+        assert lines[round(11 * depth)] == f"{asked} {prompt.answer}"
+
+
+def test_retrieval_counts_right_answers(monkeypatch):
+    """A model that knows every second answer is right half the time."""
+    asked = []
+
+    def answer(model, tokenizer, prompt):
+        asked.append(prompt)
+        return (f" {prompt.answer} and so on" if len(asked) % 2 else "no idea"), 7
+
+    monkeypatch.setattr(retrieval, "answer", answer)
+    (record,) = retrieval.measure(None, None, "passkey", (3,), (0.5,), 4, 0)
+    assert record == {"task": "passkey", "size": 3, "depth": 0.5, "tokens": 7, "repeats": 4, "accuracy": 0.5}
+    assert len({prompt.answer for prompt in asked}) == 4
+
+
+def test_the_answer_is_the_greedy_continuation():
+    from transformers import AutoTokenizer
+
+    model = RecurrentGemmaForCausalLM.from_pretrained(demo_checkpoint(), dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(demo_checkpoint())
+    prompt = retrieval.passkey_prompt(8, 0.5, random.Random(0))
+    text, length = retrieval.answer(model, tokenizer, prompt)
+    ids = tokenizer(prompt.text, return_tensors="pt").input_ids
+    assert length == ids.shape[1]
+    new = len(tokenizer(" " + prompt.answer, add_special_tokens=False).input_ids) + 1
+    for _ in range(new):
+        with torch.no_grad():
+            ids = torch.cat([ids, model(ids, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
+    assert text == tokenizer.decode(ids[0, length:], skip_special_tokens=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--task haystack", "unknown task 'haystack'; there are passkey, phonebook"),
+        ("--task phonebook --sizes 2", "size 2 must be 3 or more"),
+        ("--task passkey --depths 2", "depth 2.0 must be from 0"),
+        ("--task passkey --repeats 0", "repeats 0 must be 1 or more"),
+    ],
+)
+def test_the_retrieval_command_names_mistakes(arguments, message):
+    result = eval_command("retrieval", *arguments.split())
+    assert result.exit_code == 2
+    assert message in " ".join(result.output.split())
+
+
+def test_the_retrieval_command_writes_its_results(tmp_path):
+    arguments = "retrieval --task phonebook --sizes 3,4 --depths 0.5 --repeats 1".split()
+    result = eval_command(*arguments, "--output", tmp_path / "out.jsonl")
+    assert result.exit_code == 0, result.output
+    records = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [record["size"] for record in records] == [3, 4]

@@ -1,5 +1,6 @@
 """RecurrentGemmaLinear: every kernel it may take computes nn.Linear, and the switch it turns is turned back."""
 
+import shutil
 import threading
 
 import pytest
@@ -107,3 +108,12 @@ def test_threads_share_the_switch():
     thread.join()
     assert not inside
     assert torch.backends.mkldnn.enabled
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_by_inductor(dtype: torch.dtype):
+    """Which has no code for oneDNN's product of a weight that may change."""
+    layer, x = layer_and_input(dtype, (1, 80))
+    with torch.no_grad():
+        assert_near_float64(layer, x, torch.compile(layer, fullgraph=True)(x))

@@ -125,7 +125,7 @@ _onednn_off = _OneDnnOff()
 
 
 class RecurrentGemmaLinear(nn.Linear):
-    """nn.Linear, and on a CPU without gradients the kernel that reads the weights fastest.
+    """nn.Linear, and on a CPU without gradients or compiler the kernel that reads the weights fastest.
 
     What torch takes by itself leaves half of the memory's bandwidth unused when there are few rows, as in decoding:
     in float32 MKL (on processors that are not Intel's it runs on one thread), in bfloat16 oneDNN (it repacks the
@@ -134,7 +134,8 @@ class RecurrentGemmaLinear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., inputs) to (..., outputs)."""
-        if x.device.type != "cpu" or torch.is_grad_enabled() or type(x) is not torch.Tensor or not HAS_ONEDNN:
+        is_special = torch.is_grad_enabled() or torch.compiler.is_compiling() or type(x) is not torch.Tensor
+        if x.device.type != "cpu" or is_special or not HAS_ONEDNN:
             return super().forward(x)
         rows, dtype, weight = x.numel() // x.shape[-1], x.dtype, self.weight
         if rows > FEW_ROWS or dtype != weight.dtype or torch.is_autocast_enabled("cpu"):
@@ -144,7 +145,7 @@ class RecurrentGemmaLinear(nn.Linear):
                 return self._int8(x)
         elif dtype == torch.float32:
             return torch.ops.mkldnn._linear_pointwise(x, weight, self.bias, "none", [], "")
-        elif dtype == torch.bfloat16 and rows == 1 and not torch.compiler.is_compiling():
+        elif dtype == torch.bfloat16 and rows == 1:
             with _onednn_off:
                 return super().forward(x)
         return super().forward(x)
@@ -789,6 +790,8 @@ class RecurrentGemmaModel(RecurrentGemmaPreTrainedModel):
         self.layers = nn.ModuleList(RecurrentGemmaDecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.final_norm = RecurrentGemmaRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.gradient_checkpointing = False
+        # Rounded to bfloat16 whatever the dtype, as when the published models were trained.
+        self.embedding_scale = torch.tensor(config.hidden_size**0.5, dtype=torch.bfloat16, device="cpu").item()
         blocks = config.layers_block_type
         self.first_attention = blocks.index("attention") if "attention" in blocks else None
         self.post_init()
@@ -938,10 +941,7 @@ class RecurrentGemmaModel(RecurrentGemmaPreTrainedModel):
                         "is this the tokenizer of this model?"
                     )
             inputs_embeds = self.embed_tokens(input_ids)
-        if not self.config.embeddings_scale_by_sqrt_dim:
-            return inputs_embeds
-        # Rounded to bfloat16 whatever the dtype, as when the published models were trained.
-        return inputs_embeds * torch.tensor(self.config.hidden_size**0.5, dtype=torch.bfloat16).item()
+        return inputs_embeds * self.embedding_scale if self.config.embeddings_scale_by_sqrt_dim else inputs_embeds
 
     def _cache(self, past_key_values: Cache | None, use_cache: bool | None) -> Cache | None:
         if past_key_values is not None and not isinstance(past_key_values, Cache):

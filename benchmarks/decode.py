@@ -19,7 +19,6 @@ from peers import (
     SIZES,
     Clock,
     Limits,
-    Peer,
     arguments,
     attempt,
     name_of,
@@ -33,6 +32,7 @@ from peers import (
 
 COLUMNS = ["weights", "B", "context", "model", "ms", "tokens/s", "floor ms", "share of floor", "peak GB", "times ours"]
 CONTEXTS = {"cuda": [1000, 8192, 32768, 1_000_000], "cpu": [128, 1024, 8192]}
+AS_THEY_ARE = "as they are"
 FULL_ATTENTION = ("gemma", "gemma, flash")  # their state grows: no million tokens
 
 
@@ -55,90 +55,108 @@ def tensor_bytes(tensor: torch.Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
+class Decoding:
+    """The peers of one run, and what is measured of them."""
+
+    def __init__(self, args: Any, add: Callable[[dict], None]) -> None:
+        self.args, self.add = args, add
+        self.clock = Clock(args.device)
+        self.limits = Limits.of(args.device, args.dtype, args.quick)
+        self.made: dict[str, Any] = {}
+
+    def refused(self, row: dict[str, Any]) -> None:
+        """Rows of attempts that only prepare: kept where they failed."""
+        if "error" in row:
+            self.add(row)
+
+    def build(self, names: list[str]) -> None:
+        self.made.clear()
+        release()
+        for name in names:
+
+            def make(name: str = name) -> dict[str, Any]:
+                peer = PEERS[name](SIZES[self.args.size](), self.args.device, self.args.dtype)
+                if self.args.weights != AS_THEY_ARE:
+                    quantize(peer, self.args.weights)
+                self.made[name] = peer
+                return {}
+
+            attempt({"weights": self.args.weights, "model": name}, make, self.refused)
+
+    def read_bytes(self, peer: Any, context: int) -> int:
+        state = self.args.batch * peer.cache_bytes(context)
+        if self.args.weights == AS_THEY_ARE:
+            return peer.weight_bytes() + state
+        table = peer.model.model.embed_tokens.weight  # not read once the head has weights of its own
+        return sum(tensor_bytes(p) for p in peer.model.parameters() if p is not table) + state
+
+    def row(self, name: str, context: int) -> dict[str, Any]:
+        args = self.args
+        about = {"weights": args.weights, "B": args.batch, "context": context, "model": name}
+        return {**about, "dtype": str(args.dtype), "size": args.size}
+
+    def started(self, context: int) -> dict[str, Callable[[], None]]:
+        """A step of every peer that can, compiled and captured."""
+        steps: dict[str, Callable[[], None]] = {}
+        for name, peer in self.made.items():
+            if name in FULL_ATTENTION and context > 200_000:
+                self.add({**self.row(name, context), "error": "keys and values for every token and layer: not tried"})
+                continue
+
+            def start(name: str = name, peer: Any = peer) -> dict[str, Any]:
+                step = peer.decoder(self.args.batch, context)
+                for _ in range(1 if self.args.quick else 4):
+                    step()
+                steps[name] = step
+                return {}
+
+            attempt(self.row(name, context), start, self.refused)
+        return steps
+
+    def measure(self, context: int) -> None:
+        steps, best = self.started(context), {}
+        for _ in range(self.args.repeats):
+            for name, step in steps.items():
+                clock = Clock(torch.device("cpu")) if self.made[name].jits else self.clock
+
+                def several(step: Callable[[], None] = step) -> None:
+                    for _ in range(self.args.tokens):
+                        step()
+
+                ms = clock.ms(several, repeats=1, warmup=0) / self.args.tokens
+                best[name] = min(best.get(name, math.inf), ms)
+        for name, ms in best.items():
+            floor = self.read_bytes(self.made[name], context) / self.limits.read * 1e3
+            speed = {"ms": ms, "tokens/s": self.args.batch / ms * 1e3, "floor ms": floor, "share of floor": floor / ms}
+            self.add({**self.row(name, context), **speed, "peak GB": peak_gb(), **self.limits.row()})
+        steps.clear()
+        release()
+
+
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--contexts", type=int, nargs="+")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--tokens", type=int, default=32, help="per turn")
-    parser.add_argument("--weights", choices=["as they are", "int8", "int4"], default="as they are")
-    parser.add_argument("--one-by-one", action="store_true", help="one peer in memory at a time: no turns")
+    parser.add_argument("--weights", choices=[AS_THEY_ARE, "int8", "int4"], default=AS_THEY_ARE)
+    parser.add_argument("--one-by-one", action="store_true", help="one peer in memory at a time, as on a GPU: no turns")
     args = parsed(parser)
     args.tokens = min(args.tokens, 2) if args.quick else args.tokens
-    config, clock = SIZES[args.size](), Clock(args.device)
-    limits = Limits.of(args.device, args.dtype, args.quick)
-    args.tag = "_".join(part for part in (args.tag, "" if args.weights == "as they are" else args.weights) if part)
+    args.tag = "_".join(part for part in (args.tag, "" if args.weights == AS_THEY_ARE else args.weights) if part)
+    contexts = args.contexts or ([8] if args.quick else CONTEXTS[args.device.type])
     name = name_of("decode", args)
-
-    def build(peer_name: str) -> Peer:
-        peer = PEERS[peer_name](config, args.device, args.dtype)
-        if args.weights != "as they are":
-            quantize(peer, args.weights)
-        return peer
-
-    def read_bytes(peer: Any, context: int) -> int:
-        state = args.batch * peer.cache_bytes(context)
-        if args.weights == "as they are":
-            return peer.weight_bytes() + state
-        table = peer.model.model.embed_tokens.weight  # not read once the head has weights of its own
-        return sum(tensor_bytes(p) for p in peer.model.parameters() if p is not table) + state
-
-    def measured(peer: Peer, context: int, step: Callable[[], None], best: float) -> dict[str, Any]:
-        floor = read_bytes(peer, context) / limits.read * 1e3
-        speed = {"ms": best, "tokens/s": args.batch / best * 1e3, "floor ms": floor, "share of floor": floor / best}
-        return {**speed, "peak GB": peak_gb(), **limits.row()}
-
-    def turns(names: list[str], context: int, made: dict[str, Peer], add: Callable[[dict], None]) -> None:
-        row = {"weights": args.weights, "B": args.batch, "context": context, "dtype": str(args.dtype), "size": args.size}
-        steps: dict[str, Callable[[], None]] = {}
-        best: dict[str, float] = {}
-        for peer_name in names:
-            head = {**row, "model": peer_name}
-            if peer_name in FULL_ATTENTION and context > 200_000:
-                add({**head, "error": "keys and values of every layer for every token: not tried"})
-                continue
-
-            def start(peer_name: str = peer_name) -> dict[str, Any]:
-                step = made[peer_name].decoder(args.batch, context)
-                for _ in range(1 if args.quick else 4):  # compiles, captures
-                    step()
-                steps[peer_name] = step
-                return {}
-
-            attempt(head, start, lambda r: "error" in r and add(r))
-        for _ in range(args.repeats):
-            for peer_name, step in steps.items():
-                own = Clock(torch.device("cpu")) if made[peer_name].jits else clock
-
-                def several(step: Callable[[], None] = step) -> None:
-                    for _ in range(args.tokens):
-                        step()
-
-                ms = own.ms(several, repeats=1, warmup=0) / args.tokens
-                best[peer_name] = min(best.get(peer_name, math.inf), ms)
-        for peer_name, ms in best.items():
-            add({**row, "model": peer_name, **measured(made[peer_name], context, steps[peer_name], ms)})
-        steps.clear()
-        release()
 
     def finish(rows: list[dict]) -> None:
         with_ratios(rows, ("B", "context"))
         plot(rows, name, "context", "ms", "weights")
 
-    contexts = args.contexts or ([8] if args.quick else CONTEXTS[args.device.type])
     with recorded(name, COLUMNS, finish) as add:
+        decoding = Decoding(args, add)
         groups = [[peer] for peer in args.peers] if args.one_by_one or args.device.type == "cuda" else [args.peers]
         for group in groups:
-            made: dict[str, Peer] = {}
-            for peer_name in group:
-                attempt(
-                    {"weights": args.weights, "model": peer_name},
-                    lambda n=peer_name: made.update({n: build(n)}) or {},
-                    lambda r: "error" in r and add(r),
-                )
+            decoding.build(group)
             for context in contexts:
-                turns(list(made), context, made, add)
-            made.clear()
-            release()
+                decoding.measure(context)
 
 
 if __name__ == "__main__":

@@ -672,11 +672,9 @@ def with_ratios(rows: list[dict[str, Any]], group: Iterable[str], value: str = "
 
 
 def _cell(value: Any) -> str:
-    if value is None:
-        return ""
-    return f"{value:.3g}" if isinstance(value, float) and abs(value) < 1000 else f"{value:.0f}" if isinstance(
-        value, float
-    ) else str(value)
+    if isinstance(value, float):
+        return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
+    return "" if value is None else str(value)
 
 
 @contextmanager
@@ -703,12 +701,11 @@ def recorded(
         if finish:
             finish(rows)
         path.write_text("".join(json.dumps({**row, **about}) + "\n" for row in rows))
-        table = Table(*columns, title=f"{name}: {about['device']}, {about['commit']}")
+        has_errors = "error" not in columns and any("error" in row for row in rows)
+        shown = [*columns, "error"] if has_errors else columns
+        table = Table(*shown, title=f"{name}: {about['device']}, {about['commit']}")
         for row in rows:
-            cells = [_cell(row.get(column)) for column in columns]
-            table.add_row(*cells, *([row["error"]] if "error" in row and "error" not in columns else []))
-        if any("error" in row for row in rows) and "error" not in columns:
-            table.add_column("not measured")
+            table.add_row(*(_cell(row.get(column)) for column in shown))
         console.print(table)
 
 

@@ -262,7 +262,8 @@ class HuggingFacePeer(TorchPeer):
 
     def checkpoint(self) -> None:
         """Trains with the activations of each layer recomputed, as the official code does by default."""
-        self.model.gradient_checkpointing_enable()
+        new = getattr(self.model, "activation_checkpointing_enable", None)  # the name from Transformers 5.23 on
+        (new or self.model.gradient_checkpointing_enable)()
 
     def train(self, ids_BT: torch.Tensor) -> None:
         self.model.train()(input_ids=ids_BT, labels=ids_BT, use_cache=False).loss.backward()

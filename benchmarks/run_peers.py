@@ -44,9 +44,10 @@ def run(
     def measured(peer: Peer, T: int) -> dict[str, Any]:
         release()
         ids = torch.randint(2, config.vocab_size, (args.batch, T), device=args.device)
-        repeats = 1 if peer.name in SLOW or (args.device.type == "cpu" and T > 8192) else args.repeats
-        # JAX compiles and waits by itself.
-        ms = (Clock(torch.device("cpu")) if peer.jits else clock).ms(lambda: act(peer, ids), repeats, warmup=2)
+        takes_minutes = args.device.type == "cpu" and T > 8192
+        repeats = 1 if peer.name in SLOW or takes_minutes else args.repeats
+        own = Clock(torch.device("cpu")) if peer.jits else clock  # JAX compiles and waits by itself
+        ms = own.ms(lambda: act(peer, ids), repeats, warmup=0 if takes_minutes else 2)
         flops = args.batch * peer.flops(T, training)
         return {
             "ms": ms,

@@ -1,4 +1,4 @@
-"""Every benchmark runs: on the CPU, in a tiny size, with the peers that are installed; the numbers mean nothing here."""
+"""Every benchmark runs: on the CPU, tiny, with the peers that are installed; the numbers mean nothing here."""
 
 import json
 import subprocess

@@ -1108,7 +1108,14 @@ class InputMask(NamedTuple):
     @staticmethod
     def read(attention_mask: Any, cache: Cache | None, B: int, T: int) -> InputMask:
         seen = 0
-        if cache is not None and not (isinstance(attention_mask, dict) and "custom" in attention_mask):
+        # Our cache counts by itself: a single token asks how many there were only to check a mask. A compiled step must
+        # not ask, see `_Progress.compiled_columns`.
+        is_own_step = isinstance(cache, RecurrentGemmaCache) and T == 1 and not isinstance(attention_mask, torch.Tensor)
+        if (
+            cache is not None
+            and not is_own_step
+            and not (isinstance(attention_mask, dict) and "custom" in attention_mask)
+        ):
             seen = _columns_seen(cache)
         if attention_mask is None:
             return InputMask(None, None, None, seen)

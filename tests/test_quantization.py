@@ -1,14 +1,18 @@
 """Weight-only quantization by torchao: what is converted, that it generates, survives the disk and stays accurate."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torchao.prototype.quantization.int4.inference_workflow import PrototypeInt4WeightOnlyConfig
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 from transformers import AutoModelForCausalLM, AutoTokenizer, TorchAoConfig
 
 import recurrent_gemma_hf.modeling_recurrent_gemma as modeling
-from recurrent_gemma_hf import demo_checkpoint
+from recurrent_gemma_hf import RecurrentGemmaConfig, RecurrentGemmaForCausalLM, demo_checkpoint
 from recurrent_gemma_hf.modeling_recurrent_gemma import FEW_INT8_ROWS, RecurrentGemmaLinear
 
 TEXT = "ROMEO: But soft, what light through yonder window breaks?"
@@ -94,3 +98,33 @@ def test_int8_product(monkeypatch, rows: int, bias: bool):
         monkeypatch.setattr(layer, "_int8", lambda _: pytest.fail("taken") if rows > FEW_INT8_ROWS else "taken")
         taken = layer(x)
     assert (isinstance(taken, str)) == (rows <= FEW_INT8_ROWS and modeling.HAS_ONEDNN)
+
+
+def test_int4_at_widths_its_kernel_takes(tmp_path):
+    config = RecurrentGemmaConfig(
+        vocab_size=265,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        attention_window_size=8,
+    )
+    RecurrentGemmaForCausalLM(config).save_pretrained(tmp_path)
+    model = load(tmp_path, quantization_config=TorchAoConfig(PrototypeInt4WeightOnlyConfig(group_size=32)))
+    quantized = [name for name, p in model.named_parameters() if type(p).__name__ == "Int4OpaqueTensor"]
+    assert {name.split(".")[-2] for name in quantized} == PROJECTIONS
+    exact, ids = load(tmp_path), torch.randint(2, 265, (1, 9))
+    with torch.no_grad():
+        ours, expected = model(ids).logits.float(), exact(ids).logits.float()
+    assert (ours - expected).norm() < 0.2 * expected.norm()
+    assert not torch.equal(ours, expected)
+    assert model.generate(ids, max_new_tokens=3, do_sample=False).shape == (1, 12)
+
+
+def test_the_page_runs_as_written(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parents[1] / "docs" / "quantization.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    exec(compile(block, "quantization.md", "exec"), names := {})
+    assert type(names["model"].lm_head.weight).__name__ == "Int8Tensor"
+    assert (tmp_path / "griffin-int8" / "model.safetensors").is_file()

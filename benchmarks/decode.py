@@ -1,108 +1,162 @@
-"""Decoding on a CPU, batch 1: milliseconds per token, ours beside its peers, and the 2B shape beside its floor.
+"""Writing token after token: milliseconds per token, ours beside its peers, and beside what reading the weights takes.
 
-    python benchmarks/decode.py                 # small models: ours, Transformers' own RecurrentGemma, Gemma
-    python benchmarks/decode.py --shape 2b      # RecurrentGemma-2B with random weights (11 GB in float32)
+    python benchmarks/decode.py [--device cuda] [--contexts 1000 8192 1000000] [--batch 1]
+    python benchmarks/decode.py --weights int8 --peers ours      # torchao's weight-only quantization (CPU)
 
-The floor of a token is the time to read every weight once, at the bandwidth that a matrix-vector product reaches in
-the same run.
+The floor of a step is the time to read every weight once and the state of every row, at the bandwidth that the fastest
+read in the same run reached. Peers take turns, so that a disturbance of the machine meets all of them.
 """
 
 from __future__ import annotations
 
-import argparse
-import itertools
-import time
+import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from peers import gemma, in_tree_recurrent_gemma, our_config, ours, parameters, read_bandwidth, recorded
-from transformers import DynamicCache
+from peers import (
+    PEERS,
+    SIZES,
+    Clock,
+    Limits,
+    arguments,
+    attempt,
+    name_of,
+    parsed,
+    peak_gb,
+    plot,
+    recorded,
+    release,
+    with_ratios,
+)
 
-from recurrent_gemma_hf import RecurrentGemmaCache, RecurrentGemmaConfig, RecurrentGemmaForCausalLM
-
-COLUMNS = [
-    "model",
-    "context",
-    "dtype",
-    "parameters",
-    "ms/token",
-    "tokens/s",
-    "floor ms",
-    "share of floor",
-    "times ours",
-]
-
-
-@torch.inference_mode()
-def decoder(model: torch.nn.Module, context: int) -> Callable[[int], float]:
-    """Reads a prompt of `context` tokens; returns what decodes n more and tells the mean milliseconds of one."""
-    model.eval()
-    vocab = model.config.vocab_size
-    # The in-tree model returns no cache, and forgets its keys and values unless it gets one, as generate() does it.
-    is_ours = isinstance(model, RecurrentGemmaForCausalLM)
-    cache = RecurrentGemmaCache(model.config) if is_ours else DynamicCache(config=model.config)
-    model(input_ids=torch.randint(2, vocab, (1, context)), past_key_values=cache, use_cache=True, logits_to_keep=1)
-    positions = itertools.count(context)
-
-    @torch.inference_mode()
-    def decode(tokens: int) -> float:
-        start = time.perf_counter()
-        for position in itertools.islice(positions, tokens):
-            ids = torch.randint(2, vocab, (1, 1))
-            model(input_ids=ids, position_ids=torch.tensor([[position]]), past_key_values=cache, logits_to_keep=1)
-        return (time.perf_counter() - start) / tokens * 1e3
-
-    return decode
+COLUMNS = ["weights", "B", "context", "model", "ms", "tokens/s", "floor ms", "share of floor", "peak GB", "times ours"]
+CONTEXTS = {"cuda": [1000, 8192, 32768, 1_000_000], "cpu": [128, 1024, 8192]}
+AS_THEY_ARE = "as they are"
+FULL_ATTENTION = ("gemma", "gemma, flash")  # their state grows: no million tokens
 
 
-def random_2b(dtype: torch.dtype) -> dict[str, torch.nn.Module]:
-    """The 2B shape, ours and the in-tree model on the same memory, without the minutes that initialisation takes."""
-    with torch.device("meta"):
-        model = RecurrentGemmaForCausalLM(RecurrentGemmaConfig.from_preset("recurrentgemma-2b")).to(dtype)
-    model = model.to_empty(device="cpu")
-    model.tie_weights()
-    for parameter in model.parameters():
-        torch.nn.init.uniform_(parameter, -0.01, 0.01)
-    with torch.device("meta"):
-        theirs = in_tree_recurrent_gemma(model.config).to(dtype)
-    theirs.load_state_dict(model.state_dict(), assign=True)
-    for module in theirs.modules():  # buffers that are not part of a checkpoint
-        for name, buffer in module._buffers.items():
-            module._buffers[name] = torch.ones_like(buffer, device="cpu")
-    return {"ours, 2B shape": model, "in-tree, 2B shape": theirs}
+def quantize(peer: Any, weights: str) -> None:
+    """As docs/quantization.md does it, the head included."""
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    if weights == "int8":
+        quantize_(peer.model, Int8WeightOnlyConfig())
+        return
+    from torchao.prototype.quantization.int4.inference_workflow import PrototypeInt4WeightOnlyConfig
+
+    quantize_(peer.model, PrototypeInt4WeightOnlyConfig(group_size=32))
+
+
+def tensor_bytes(tensor: torch.Tensor) -> int:
+    """Also of torchao's tensors, which are made of several."""
+    if hasattr(tensor, "__tensor_flatten__") and type(tensor) is not torch.nn.Parameter:
+        return sum(tensor_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
+    return tensor.numel() * tensor.element_size()
+
+
+class Decoding:
+    """The peers of one run, and what is measured of them."""
+
+    def __init__(self, args: Any, add: Callable[[dict], None]) -> None:
+        self.args, self.add = args, add
+        self.clock = Clock(args.device)
+        self.limits = Limits.of(args.device, args.dtype, args.quick)
+        self.made: dict[str, Any] = {}
+
+    def refused(self, row: dict[str, Any]) -> None:
+        """Rows of attempts that only prepare: kept where they failed."""
+        if "error" in row:
+            self.add(row)
+
+    def build(self, names: list[str]) -> None:
+        self.made.clear()
+        release()
+        for name in names:
+
+            def make(name: str = name) -> dict[str, Any]:
+                peer = PEERS[name](SIZES[self.args.size](), self.args.device, self.args.dtype)
+                if self.args.weights != AS_THEY_ARE:
+                    quantize(peer, self.args.weights)
+                self.made[name] = peer
+                return {}
+
+            attempt({"weights": self.args.weights, "model": name}, make, self.refused)
+
+    def read_bytes(self, peer: Any, context: int) -> int:
+        state = self.args.batch * peer.cache_bytes(context)
+        if self.args.weights == AS_THEY_ARE:
+            return peer.weight_bytes() + state
+        table = peer.model.model.embed_tokens.weight  # not read once the head has weights of its own
+        return sum(tensor_bytes(p) for p in peer.model.parameters() if p is not table) + state
+
+    def row(self, name: str, context: int) -> dict[str, Any]:
+        args = self.args
+        about = {"weights": args.weights, "B": args.batch, "context": context, "model": name}
+        return {**about, "dtype": str(args.dtype), "size": args.size}
+
+    def started(self, context: int) -> dict[str, Callable[[], None]]:
+        """A step of every peer that can, compiled and captured."""
+        steps: dict[str, Callable[[], None]] = {}
+        for name, peer in self.made.items():
+            if name in FULL_ATTENTION and context > 200_000:
+                self.add({**self.row(name, context), "error": "keys and values for every token and layer: not tried"})
+                continue
+
+            def start(name: str = name, peer: Any = peer) -> dict[str, Any]:
+                step = peer.decoder(self.args.batch, context)
+                for _ in range(1 if self.args.quick else 4):
+                    step()
+                steps[name] = step
+                return {}
+
+            attempt(self.row(name, context), start, self.refused)
+        return steps
+
+    def measure(self, context: int) -> None:
+        steps, best = self.started(context), {}
+        for _ in range(self.args.repeats):
+            for name, step in steps.items():
+                clock = Clock(torch.device("cpu")) if self.made[name].jits else self.clock
+
+                def several(step: Callable[[], None] = step) -> None:
+                    for _ in range(self.args.tokens):
+                        step()
+
+                ms = clock.ms(several, repeats=1, warmup=0) / self.args.tokens
+                best[name] = min(best.get(name, math.inf), ms)
+        for name, ms in best.items():
+            floor = self.read_bytes(self.made[name], context) / self.limits.read * 1e3
+            speed = {"ms": ms, "tokens/s": self.args.batch / ms * 1e3, "floor ms": floor, "share of floor": floor / ms}
+            self.add({**self.row(name, context), **speed, "peak GB": peak_gb(), **self.limits.row()})
+        steps.clear()
+        release()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=["small", "2b"], default="small")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--tokens", type=int)
-    args = parser.parse_args()
-    dtype = getattr(torch, args.dtype)
-    bandwidth = read_bandwidth()
-    print(f"read bandwidth {bandwidth / 1e9:.1f} GB/s")
-    if args.shape == "2b":
-        models, contexts, tokens = random_2b(dtype), [8], args.tokens or 8
-    else:
-        config = our_config(hidden_size=512, layers=6, heads=8, window=1024, vocab_size=1024)
-        models = {"ours": ours(config), "in-tree": in_tree_recurrent_gemma(config), "gemma": gemma(config)}
-        models = {name: model.to(dtype) for name, model in models.items()}
-        contexts, tokens = [128, 1024, 8192], args.tokens or 64
-    with recorded(f"cpu_decode_{args.shape}_{args.dtype}", COLUMNS) as add:
-        for context in contexts:
-            decoders = {name: decoder(model, context) for name, model in models.items()}
-            # In turns, so that a disturbance of the machine meets all of them; the fastest of five rounds counts.
-            rounds = [{name: decode(tokens) for name, decode in decoders.items()} for _ in range(5)]
-            reference = min(row[next(iter(models))] for row in rounds)
-            for name, model in models.items():
-                took = min(row[name] for row in rounds)
-                size = sum(p.numel() * p.element_size() for p in model.parameters())
-                floor = size / bandwidth * 1e3
-                add({
-                    "model": name, "context": context, "dtype": args.dtype, "parameters": parameters(model),
-                    "ms/token": took, "tokens/s": 1e3 / took, "floor ms": floor, "share of floor": floor / took,
-                    "times ours": took / reference, "read GB/s": bandwidth / 1e9,
-                })  # fmt: skip
+    parser = arguments(__doc__)
+    parser.add_argument("--contexts", type=int, nargs="+")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--tokens", type=int, default=32, help="per turn")
+    parser.add_argument("--weights", choices=[AS_THEY_ARE, "int8", "int4"], default=AS_THEY_ARE)
+    parser.add_argument("--one-by-one", action="store_true", help="one peer in memory at a time, as on a GPU: no turns")
+    args = parsed(parser)
+    args.tokens = min(args.tokens, 2) if args.quick else args.tokens
+    args.tag = "_".join(part for part in (args.tag, "" if args.weights == AS_THEY_ARE else args.weights) if part)
+    contexts = args.contexts or ([8] if args.quick else CONTEXTS[args.device.type])
+    name = name_of("decode", args)
+
+    def finish(rows: list[dict]) -> None:
+        with_ratios(rows, ("B", "context"))
+        plot(rows, name, "context", "ms", "weights")
+
+    with recorded(name, COLUMNS, finish) as add:
+        decoding = Decoding(args, add)
+        groups = [[peer] for peer in args.peers] if args.one_by_one or args.device.type == "cuda" else [args.peers]
+        for group in groups:
+            decoding.build(group)
+            for context in contexts:
+                decoding.measure(context)
 
 
 if __name__ == "__main__":

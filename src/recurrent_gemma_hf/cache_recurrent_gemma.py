@@ -36,7 +36,11 @@ class _Progress:
     """How far each row has come; shared by all layers of one cache and advanced once per forward."""
 
     def __init__(self) -> None:
-        self.columns = 0  # columns of input seen so far, padding included
+        self._columns = 0
+        # A compiled step counts on the device what is added to `_columns` when somebody asks: a Python number that
+        # changes would be an input of the program, and a CUDA graph would be recorded again for each of its values.
+        self.compiled_columns: torch.Tensor | None = None
+        self.has_compiled_columns = False
         self.lengths: torch.Tensor | None = None  # (B,) int64: tokens seen so far per row, padding excluded
         self.past_lengths: torch.Tensor | None = None  # (B,) the same before the forward in progress
         self.step_columns = 0  # T of the forward in progress
@@ -44,10 +48,34 @@ class _Progress:
         self.recorded = 0  # columns that crop() can take back
         self.recorded_mask: torch.Tensor | None = None  # (B, recorded) bool; None: no padding among them
 
+    @property
+    def columns(self) -> int:
+        """Columns of input seen so far, padding included."""
+        if self.has_compiled_columns:
+            self.columns = self._columns + int(self.compiled_columns)
+        return self._columns
+
+    @columns.setter
+    def columns(self, value: int) -> None:
+        self._columns = value
+        if self.has_compiled_columns:
+            self.compiled_columns.zero_()
+            self.has_compiled_columns = False
+
+    def add_columns(self, count: int) -> None:
+        """Counts the columns of a forward."""
+        if count == 1 and torch.compiler.is_compiling():
+            self.compiled_columns.add_(1)
+            self.has_compiled_columns = True
+        else:
+            self.columns += count
+
     def set_lengths(self, lengths_B: torch.Tensor) -> None:
-        """Both counters get tensors of their own, whose addresses stay until the batch size changes."""
+        """The counters get tensors of their own, whose addresses stay until the batch size changes."""
+        self.columns = self.columns  # what compiled steps have counted is not lost
         self.lengths, self.past_lengths = lengths_B, lengths_B.clone()
-        _mark_static(self.lengths, self.past_lengths)
+        self.compiled_columns = lengths_B.new_zeros(())
+        _mark_static(self.lengths, self.past_lengths, self.compiled_columns)
 
     def slot_ranks(self, slots: int) -> torch.Tensor:
         """(B, slots) int64: which token of its row (counted from 0) a slot of a ring holds; negative if empty."""
@@ -396,7 +424,7 @@ class RecurrentGemmaCache(Cache):
         progress.step_lengths = None
         if token_mask is not None:
             progress.step_lengths = token_mask.to(progress.lengths.device).sum(-1)
-        progress.columns += columns
+        progress.add_columns(columns)
         progress.past_lengths.copy_(progress.lengths)
         progress.lengths.add_(columns if progress.step_lengths is None else progress.step_lengths)
         if self.is_recording:

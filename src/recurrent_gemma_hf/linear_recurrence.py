@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 _FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 # A chunk's decay is the product of its coefficients. At most 64 of them keep it finite in float32 for |a| < 4, and
-# measured on a CPU longer chunks gain nothing (benchmarks/scan_cpu.py).
+# measured on a CPU longer chunks gain nothing (benchmarks/scan.py).
 _MAX_CHUNK = 64
 
 # Each copy of this file (the installed package, a checkpoint's remote code) registers operators under its own module

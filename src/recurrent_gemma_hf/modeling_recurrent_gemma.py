@@ -14,6 +14,7 @@ State lives in the cache alone (RecurrentGemmaCache, or Transformers' DynamicCac
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -56,6 +57,10 @@ logger = logging.get_logger(__name__)
 RG_LRU_C = 8.0  # c of equation 3: log a = -c r softplus(Lambda)
 MIN_4X_IN_SQRT_GRADIENT = 1e-6  # the official code divides the gradient of sqrt(x) by sqrt(max(4 x, this))
 QUERY_BLOCK = 512  # queries per block of banded attention; the waste is block / window
+ONEDNN: Any = torch.backends.mkldnn  # Any: its attributes are properties, made at run time
+HAS_ONEDNN = ONEDNN.is_available()
+FEW_ROWS = 256  # up to so many rows oneDNN's float32 product is the faster one on a CPU (benchmarks/LOG.md)
+FEW_INT8_ROWS = 16  # up to so many rows int8 weights are better multiplied as they are than converted first
 
 
 class Step(NamedTuple):
@@ -91,9 +96,80 @@ class RecurrentGemmaRMSNorm(nn.Module):
         return f"{self.weight.shape[0]}, eps={self.eps}"
 
 
+class _OneDnnOff:
+    """A context in which torch computes without oneDNN; threads share it, and the last to leave switches back on.
+
+    torch has this switch for the process as a whole: what another thread computes meanwhile is as right, and slower.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.inside = 0
+        self.was_on = True
+
+    def __enter__(self) -> None:
+        with self.lock:
+            if self.inside == 0:
+                self.was_on = ONEDNN.enabled
+                ONEDNN.enabled = False
+            self.inside += 1
+
+    def __exit__(self, *exception: object) -> None:
+        with self.lock:
+            self.inside -= 1
+            if self.inside == 0:
+                ONEDNN.enabled = self.was_on
+
+
+_onednn_off = _OneDnnOff()
+
+
+class RecurrentGemmaLinear(nn.Linear):
+    """nn.Linear, and on a CPU without gradients or compiler the kernel that reads the weights fastest.
+
+    What torch takes by itself leaves half of the memory's bandwidth unused when there are few rows, as in decoding:
+    in float32 MKL (on processors that are not Intel's it runs on one thread), in bfloat16 oneDNN (it repacks the
+    weights), with torchao's int8 weights a conversion of all of them. Measured in benchmarks/LOG.md.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., inputs) to (..., outputs)."""
+        is_special = torch.is_grad_enabled() or torch.compiler.is_compiling() or type(x) is not torch.Tensor
+        if x.device.type != "cpu" or is_special or not HAS_ONEDNN:
+            return super().forward(x)
+        rows, dtype, weight = x.numel() // x.shape[-1], x.dtype, self.weight
+        if rows > FEW_ROWS or dtype != weight.dtype or torch.is_autocast_enabled("cpu"):
+            return super().forward(x)
+        if type(weight) is not nn.Parameter:
+            if dtype == torch.bfloat16 and rows <= FEW_INT8_ROWS and _is_int8_by_row(weight):
+                return self._int8(x)
+        elif dtype == torch.float32:
+            return torch.ops.mkldnn._linear_pointwise(x, weight, self.bias, "none", [], "")
+        elif dtype == torch.bfloat16 and rows == 1:
+            with _onednn_off:
+                return super().forward(x)
+        return super().forward(x)
+
+    def _int8(self, x: torch.Tensor) -> torch.Tensor:
+        weight: Any = self.weight
+        out = torch.ops.aten._weight_int8pack_mm(
+            x.reshape(-1, x.shape[-1]), weight.qdata, weight.scale.to(x.dtype).flatten()
+        )
+        out = out.view(*x.shape[:-1], -1)
+        return out if self.bias is None else out.add_(self.bias)
+
+
+def _is_int8_by_row(weight: Any) -> bool:
+    """Whether these are torchao's int8 weights with one scale per row, and nothing done to the activations."""
+    if type(weight).__name__ != "Int8Tensor" or weight.qdata.shape[1] % 4:
+        return False
+    by_row = weight.scale.numel() == weight.shape[0]
+    return by_row and weight.act_quant_kwargs is None and weight.act_pre_scale is None
+
+
 def _linear(inputs: int, outputs: int, *, bias: bool, variance_scale: float = 1.0) -> nn.Linear:
     """A linear layer that remembers its official initialisation, std = sqrt(variance_scale / inputs)."""
-    layer = nn.Linear(inputs, outputs, bias=bias)
+    layer = RecurrentGemmaLinear(inputs, outputs, bias=bias)
     layer.init_std = math.sqrt(variance_scale / inputs)  # type: ignore[assignment]  # read by _init_weights
     return layer
 
@@ -714,6 +790,8 @@ class RecurrentGemmaModel(RecurrentGemmaPreTrainedModel):
         self.layers = nn.ModuleList(RecurrentGemmaDecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.final_norm = RecurrentGemmaRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.gradient_checkpointing = False
+        # Rounded to bfloat16 whatever the dtype, as when the published models were trained.
+        self.embedding_scale = torch.tensor(config.hidden_size**0.5, dtype=torch.bfloat16, device="cpu").item()
         blocks = config.layers_block_type
         self.first_attention = blocks.index("attention") if "attention" in blocks else None
         self.post_init()
@@ -863,10 +941,7 @@ class RecurrentGemmaModel(RecurrentGemmaPreTrainedModel):
                         "is this the tokenizer of this model?"
                     )
             inputs_embeds = self.embed_tokens(input_ids)
-        if not self.config.embeddings_scale_by_sqrt_dim:
-            return inputs_embeds
-        # Rounded to bfloat16 whatever the dtype, as when the published models were trained.
-        return inputs_embeds * torch.tensor(self.config.hidden_size**0.5, dtype=torch.bfloat16).item()
+        return inputs_embeds * self.embedding_scale if self.config.embeddings_scale_by_sqrt_dim else inputs_embeds
 
     def _cache(self, past_key_values: Cache | None, use_cache: bool | None) -> Cache | None:
         if past_key_values is not None and not isinstance(past_key_values, Cache):
@@ -1033,7 +1108,14 @@ class InputMask(NamedTuple):
     @staticmethod
     def read(attention_mask: Any, cache: Cache | None, B: int, T: int) -> InputMask:
         seen = 0
-        if cache is not None and not (isinstance(attention_mask, dict) and "custom" in attention_mask):
+        # Our cache counts by itself: a single token asks how many there were only to check a mask. A compiled step must
+        # not ask, see `_Progress.compiled_columns`.
+        is_own_step = isinstance(cache, RecurrentGemmaCache) and T == 1 and not isinstance(attention_mask, torch.Tensor)
+        if (
+            cache is not None
+            and not is_own_step
+            and not (isinstance(attention_mask, dict) and "custom" in attention_mask)
+        ):
             seen = _columns_seen(cache)
         if attention_mask is None:
             return InputMask(None, None, None, seen)

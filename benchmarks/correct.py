@@ -1,0 +1,169 @@
+"""Is it right on this device? Run before any number: the model beside itself on the CPU and beside the official code.
+
+    python benchmarks/correct.py [--device cuda]
+
+Each line is a claim with its deviation and its limit; one that fails makes the exit status 1.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable
+
+import torch
+from block import block_backends, select
+from peers import arguments, needed, our_config, parsed, recorded
+from torch import nn
+from transformers import AutoModelForCausalLM, CompileConfig
+
+from recurrent_gemma_hf import RecurrentGemmaCache, RecurrentGemmaForCausalLM, demo_checkpoint
+from recurrent_gemma_hf.linear_recurrence import available_backends, linear_recurrence, resolve_backend
+
+LIMITS = {torch.float32: 1e-4, torch.bfloat16: 4e-2}  # relative, in norm
+
+
+def off(ours: torch.Tensor, exact: torch.Tensor) -> float:
+    ours, exact = ours.detach().double().cpu(), exact.detach().double().cpu()
+    return ((ours - exact).norm() / exact.norm()).item()
+
+
+def model_of_test() -> RecurrentGemmaForCausalLM:
+    config = our_config(hidden_size=256, layers=3, heads=4, window=64, vocab_size=200)
+    torch.manual_seed(0)
+    return RecurrentGemmaForCausalLM(config).eval()
+
+
+def scans(device: torch.device) -> list[tuple[str, Callable[[], tuple[float, float]]]]:
+    claims = []
+    for backend in available_backends():
+        for dtype in (torch.float32, torch.bfloat16):
+            for shape in ((1, 1, 7), (2, 257, 100), (3, 1000, 256)):
+                try:
+                    resolve_backend(backend, device, dtype)
+                except ValueError as error:
+                    print(f"scan {backend}: {error}")
+                    continue
+
+                def claim(backend: str = backend, dtype: torch.dtype = dtype, shape: tuple = shape):
+                    x, a = torch.randn(shape).to(dtype), torch.rand(shape).to(dtype)
+                    results = []
+                    for where, kind, name in ((device, dtype, backend), ("cpu", torch.float64, "reference")):
+                        inputs = [t.to(where, kind).detach().clone().requires_grad_() for t in (x, a)]
+                        h, last = linear_recurrence(*inputs, backend=name)
+                        (h.double().square().sum() + last.double().sum()).backward()
+                        results.append([h, last, inputs[0].grad, inputs[1].grad])
+                    return max(off(*pair) for pair in zip(*results, strict=True)), LIMITS[dtype] / 4
+
+                claims.append((f"scan {backend} {dtype} {shape}", claim))
+    return claims
+
+
+def models(device: torch.device) -> list[tuple[str, Callable[[], tuple[float, float]]]]:
+    exact = model_of_test().double()
+    ids = torch.randint(2, 200, (2, 150))
+
+    def gradients(model: nn.Module, ids: torch.Tensor) -> list[torch.Tensor]:
+        out = model(ids, labels=ids, use_cache=False)
+        out.loss.backward()
+        return [model(ids).logits, *(p.grad for p in model.parameters())]
+
+    expected = gradients(exact, ids)
+
+    def claim(backend: str, dtype: torch.dtype, attention: str) -> tuple[float, float]:
+        select(backend)
+        try:
+            model = model_of_test()
+            model.set_attn_implementation(attention)
+            actual = gradients(model.to(device, dtype), ids.to(device))
+            return max(off(*pair) for pair in zip(actual, expected, strict=True)), LIMITS[dtype] * 3
+        finally:
+            select("auto")
+
+    return [
+        (f"model and gradients: block {b}, {d}, {a}", lambda b=b, d=d, a=a: claim(b, d, a))
+        for b in block_backends()
+        for d in LIMITS
+        for a in ("eager", "sdpa")
+    ]
+
+
+def generation(device: torch.device) -> list[tuple[str, Callable[[], tuple[float, float]]]]:
+    """Greedy text of the demo model: on the device, compiled, and far into a text, as on the CPU."""
+    reference = AutoModelForCausalLM.from_pretrained(demo_checkpoint(), dtype=torch.float32)
+    model = copy.deepcopy(reference).to(device)
+    ids = torch.randint(2, 900, (2, 40))
+    options = {"max_new_tokens": 60, "do_sample": False}
+    expected = reference.generate(ids, **options)
+
+    def differs(**more: object) -> tuple[float, float]:
+        return (model.generate(ids.to(device), **options, **more).cpu() != expected).float().mean().item(), 0.0
+
+    def compiled() -> tuple[float, float]:
+        config = CompileConfig(fullgraph=True)
+        config._compile_all_devices = True
+        return differs(cache_implementation="static", compile_config=config)
+
+    def far() -> tuple[float, float]:
+        """A step at position 10 and one at 1,000,000 beside the same on the CPU."""
+        worst = 0.0
+        for position in (10, 1_000_000):
+            outs = []
+            for m in (model, reference):
+                cache = RecurrentGemmaCache(m.config)
+                with torch.no_grad():
+                    m(ids.to(m.device), past_key_values=cache)
+                    cache.progress.lengths.fill_(position)
+                    cache.progress.columns = position
+                    outs.append(m(ids[:, :1].to(m.device), past_key_values=cache).logits)
+            worst = max(worst, off(*outs))
+        return worst, 1e-4
+
+    return [
+        ("greedy text as on the CPU", differs),
+        ("the same, step compiled", compiled),
+        ("logits at position 10 and 1,000,000", far),
+    ]
+
+
+def official(device: torch.device) -> list[tuple[str, Callable[[], tuple[float, float]]]]:
+    def claim() -> tuple[float, float]:
+        needed("recurrentgemma.torch")
+        sys.path.insert(0, "tests")
+        import oracles
+
+        worst = 0.0
+        for variant in oracles.VARIANTS:
+            config = oracles.tiny_config(variant)
+            model = oracles.build(config)
+            theirs = oracles.official_torch(config, model.state_dict())
+            ids = torch.randint(2, config.vocab_size, (2, 40))
+            with torch.no_grad():
+                worst = max(
+                    worst, off(model.to(device)(ids.to(device)).logits, oracles.official_torch_logits(theirs, ids))
+                )
+        return worst, 1e-4
+
+    return [("official PyTorch code, every variant", claim)]
+
+
+def main() -> None:
+    args = parsed(arguments(__doc__))
+    torch.backends.cuda.matmul.allow_tf32 = False
+    failed = 0
+    with recorded(f"correct_{args.device.type}", ["claim", "deviation", "limit", "holds"]) as add:
+        for kind in (scans, models, generation, official):
+            for claim, check in kind(args.device):
+                row: dict[str, object] = {"claim": claim}
+                try:
+                    deviation, limit = check()
+                    row |= {"deviation": deviation, "limit": limit, "holds": deviation <= limit}
+                except Exception as error:
+                    row |= {"holds": False, "error": f"{type(error).__name__}: {error}"[:300]}
+                failed += not row["holds"]
+                add(row)
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""RecurrentGemmaLinear: every kernel it may take computes nn.Linear, and the switch it turns is turned back."""
+
+import shutil
+import threading
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import recurrent_gemma_hf.modeling_recurrent_gemma as modeling
+from recurrent_gemma_hf.modeling_recurrent_gemma import FEW_ROWS, RecurrentGemmaLinear
+
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 5e-3, torch.float64: 1e-14}
+
+
+def layer_and_input(dtype: torch.dtype, shape: tuple[int, ...], *, bias: bool = True):
+    layer = RecurrentGemmaLinear(shape[-1], 136, bias=bias).to(dtype)
+    return layer, torch.randn(shape).to(dtype)
+
+
+def assert_near_float64(layer: nn.Linear, x: torch.Tensor, out: torch.Tensor) -> None:
+    bias = None if layer.bias is None else layer.bias.double()
+    expected = F.linear(x.double(), layer.weight.double(), bias)
+    assert out.shape == expected.shape
+    assert out.dtype == x.dtype
+    assert (out.double() - expected).norm() <= TOLERANCE[x.dtype] * expected.norm()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(80,), (1, 80), (1, 1, 80), (3, 1, 80), (2, 9, 80), (1, FEW_ROWS, 80), (2, 300, 80)])
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+def test_equals_the_product_in_float64(dtype: torch.dtype, shape: tuple[int, ...], bias: bool):
+    layer, x = layer_and_input(dtype, shape, bias=bias)
+    with torch.no_grad():
+        assert_near_float64(layer, x, layer(x))
+
+
+@pytest.mark.skipif(not modeling.HAS_ONEDNN, reason="this torch has no oneDNN: there is one kernel only")
+@pytest.mark.parametrize(
+    ("dtype", "rows", "expected"),
+    [
+        (torch.float32, 1, []),
+        (torch.float32, FEW_ROWS, []),
+        (torch.float32, FEW_ROWS + 1, [True]),
+        (torch.bfloat16, 1, [False]),
+        (torch.bfloat16, 2, [True]),
+    ],
+)
+def test_takes_another_kernel_than_torch(monkeypatch, dtype: torch.dtype, rows: int, expected: list[bool]):
+    """`expected`: whether oneDNN was on at the calls of torch's own linear, if it was called at all."""
+    onednn_at_linear = []
+    original = F.linear
+
+    def linear(*args):
+        onednn_at_linear.append(torch.backends.mkldnn.enabled)
+        return original(*args)
+
+    monkeypatch.setattr(F, "linear", linear)
+    layer, x = layer_and_input(dtype, (rows, 80))
+    with torch.no_grad():
+        layer(x)
+    assert onednn_at_linear == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_with_gradients_and_autocast_it_is_nn_linear(dtype: torch.dtype):
+    layer, x = layer_and_input(dtype, (1, 80))
+    assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
+    layer(x).sum().backward()
+    assert layer.weight.grad is not None
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        out = layer(x.float())
+        assert out.dtype == torch.bfloat16
+
+
+def test_onednn_is_on_again_after_an_error():
+    layer, _ = layer_and_input(torch.bfloat16, (1, 80))
+    with torch.no_grad(), pytest.raises(RuntimeError):
+        layer(torch.randn(1, 81).bfloat16())
+    assert torch.backends.mkldnn.enabled
+
+
+def test_onednn_stays_off_for_who_switched_it_off(monkeypatch):
+    layer, x = layer_and_input(torch.bfloat16, (1, 80))
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
+    with torch.no_grad():
+        layer(x)
+    assert not torch.backends.mkldnn.enabled
+
+
+def test_threads_share_the_switch():
+    """One thread enters while another is inside, and leaves last."""
+    entered, leave = threading.Event(), threading.Event()
+    switch = modeling._OneDnnOff()
+
+    def other() -> None:
+        with switch:
+            entered.set()
+            assert leave.wait(30)
+
+    thread = threading.Thread(target=other)
+    with switch:
+        thread.start()
+        assert entered.wait(30)
+    inside = torch.backends.mkldnn.enabled
+    leave.set()
+    thread.join()
+    assert not inside
+    assert torch.backends.mkldnn.enabled
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_by_inductor(dtype: torch.dtype):
+    """Which has no code for oneDNN's product of a weight that may change."""
+    layer, x = layer_and_input(dtype, (1, 80))
+    with torch.no_grad():
+        assert_near_float64(layer, x, torch.compile(layer, fullgraph=True)(x))

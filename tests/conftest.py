@@ -17,6 +17,8 @@ import torch
 
 from recurrent_gemma_hf import RecurrentGemmaConfig
 
+collect_ignore = ["serving"]  # `make test-vllm`, in an environment of their own
+
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
 
 # The first example of a test pays for imports and compilation, so no deadline. In CI the same examples every time.

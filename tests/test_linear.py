@@ -1,4 +1,4 @@
-"""RecurrentGemmaLinear: every kernel it may take computes nn.Linear, and the switch it turns is turned back."""
+"""Projections: every kernel they may take computes nn.Linear, and the switch that one of them turns is turned back."""
 
 import shutil
 import threading
@@ -9,13 +9,13 @@ from torch import nn
 from torch.nn import functional as F
 
 import recurrent_gemma_hf.modeling_recurrent_gemma as modeling
-from recurrent_gemma_hf.modeling_recurrent_gemma import FEW_ROWS, RecurrentGemmaLinear
+from recurrent_gemma_hf.modeling_recurrent_gemma import FEW_ROWS, RecurrentGemmaForCausalLM, _projected
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 5e-3, torch.float64: 1e-14}
 
 
 def layer_and_input(dtype: torch.dtype, shape: tuple[int, ...], *, bias: bool = True):
-    layer = RecurrentGemmaLinear(shape[-1], 136, bias=bias).to(dtype)
+    layer = nn.Linear(shape[-1], 136, bias=bias).to(dtype)
     return layer, torch.randn(shape).to(dtype)
 
 
@@ -33,7 +33,7 @@ def assert_near_float64(layer: nn.Linear, x: torch.Tensor, out: torch.Tensor) ->
 def test_equals_the_product_in_float64(dtype: torch.dtype, shape: tuple[int, ...], bias: bool):
     layer, x = layer_and_input(dtype, shape, bias=bias)
     with torch.no_grad():
-        assert_near_float64(layer, x, layer(x))
+        assert_near_float64(layer, x, _projected(layer, x))
 
 
 @pytest.mark.skipif(not modeling.HAS_ONEDNN, reason="this torch has no oneDNN: there is one kernel only")
@@ -59,25 +59,48 @@ def test_takes_another_kernel_than_torch(monkeypatch, dtype: torch.dtype, rows: 
     monkeypatch.setattr(F, "linear", linear)
     layer, x = layer_and_input(dtype, (rows, 80))
     with torch.no_grad():
-        layer(x)
+        _projected(layer, x)
     assert onednn_at_linear == expected
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_with_gradients_and_autocast_it_is_nn_linear(dtype: torch.dtype):
     layer, x = layer_and_input(dtype, (1, 80))
-    assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
-    layer(x).sum().backward()
+    assert torch.equal(_projected(layer, x), F.linear(x, layer.weight, layer.bias))
+    _projected(layer, x).sum().backward()
     assert layer.weight.grad is not None
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        out = layer(x.float())
+        out = _projected(layer, x.float())
         assert out.dtype == torch.bfloat16
+
+
+def test_whoever_listens_to_a_layer_or_replaced_its_forward_is_heard():
+    (layer, x), heard = layer_and_input(torch.float32, (1, 80)), []
+    layer.register_forward_pre_hook(lambda *_: heard.append("before"))
+    handle = layer.register_forward_hook(lambda *_: heard.append("after"))
+    with torch.no_grad():
+        _projected(layer, x)
+    assert heard == ["before", "after"]
+    handle.remove()
+    (layer, x), original = layer_and_input(torch.float32, (1, 80)), nn.Linear.forward
+    layer.forward = lambda x: heard.append("forward") or original(layer, x)
+    with torch.no_grad():
+        _projected(layer, x)
+    assert heard[2:] == ["forward"]
+
+
+def test_every_projection_is_what_quantizers_look_for(tiny_config):
+    """bitsandbytes replaces what is nn.Linear to the letter, and passes over subclasses."""
+    layers = RecurrentGemmaForCausalLM(tiny_config()).model.named_modules()
+    kinds = {name: type(module) for name, module in layers if isinstance(module, nn.Linear)}
+    assert len(kinds) == 3 * 3 + 2 * 3 + 4
+    assert set(kinds.values()) == {nn.Linear}
 
 
 def test_onednn_is_on_again_after_an_error():
     layer, _ = layer_and_input(torch.bfloat16, (1, 80))
     with torch.no_grad(), pytest.raises(RuntimeError):
-        layer(torch.randn(1, 81).bfloat16())
+        _projected(layer, torch.randn(1, 81).bfloat16())
     assert torch.backends.mkldnn.enabled
 
 
@@ -85,7 +108,7 @@ def test_onednn_stays_off_for_who_switched_it_off(monkeypatch):
     layer, x = layer_and_input(torch.bfloat16, (1, 80))
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
     with torch.no_grad():
-        layer(x)
+        _projected(layer, x)
     assert not torch.backends.mkldnn.enabled
 
 
@@ -116,4 +139,4 @@ def test_compiled_by_inductor(dtype: torch.dtype):
     """Which has no code for oneDNN's product of a weight that may change."""
     layer, x = layer_and_input(dtype, (1, 80))
     with torch.no_grad():
-        assert_near_float64(layer, x, torch.compile(layer, fullgraph=True)(x))
+        assert_near_float64(layer, x, torch.compile(_projected, fullgraph=True)(layer, x))

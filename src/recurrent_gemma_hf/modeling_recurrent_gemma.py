@@ -124,39 +124,35 @@ class _OneDnnOff:
 _onednn_off = _OneDnnOff()
 
 
-class RecurrentGemmaLinear(nn.Linear):
-    """nn.Linear, and on a CPU without gradients or compiler the kernel that reads the weights fastest.
+def _fast_linear(x: torch.Tensor, weight: Any, bias: torch.Tensor | None) -> torch.Tensor | None:
+    """F.linear on a CPU by the kernel that reads the weights fastest; None where torch's own choice is to be taken.
 
     What torch takes by itself leaves half of the memory's bandwidth unused when there are few rows, as in decoding:
     in float32 MKL (on processors that are not Intel's it runs on one thread), in bfloat16 oneDNN (it repacks the
     weights), with torchao's int8 weights a conversion of all of them. Measured in benchmarks/LOG.md.
     """
+    is_special = torch.is_grad_enabled() or torch.compiler.is_compiling() or type(x) is not torch.Tensor
+    if x.device.type != "cpu" or is_special or not HAS_ONEDNN:
+        return None
+    rows, dtype = x.numel() // x.shape[-1], x.dtype
+    if rows > FEW_ROWS or dtype != weight.dtype or torch.is_autocast_enabled("cpu"):
+        return None
+    if type(weight) is not nn.Parameter:
+        is_for_kernel = dtype == torch.bfloat16 and rows <= FEW_INT8_ROWS and _is_int8_by_row(weight)
+        return _int8_linear(x, weight, bias) if is_for_kernel else None
+    if dtype == torch.float32:
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    if dtype == torch.bfloat16 and rows == 1:
+        with _onednn_off:
+            return F.linear(x, weight, bias)
+    return None
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(..., inputs) to (..., outputs)."""
-        is_special = torch.is_grad_enabled() or torch.compiler.is_compiling() or type(x) is not torch.Tensor
-        if x.device.type != "cpu" or is_special or not HAS_ONEDNN:
-            return super().forward(x)
-        rows, dtype, weight = x.numel() // x.shape[-1], x.dtype, self.weight
-        if rows > FEW_ROWS or dtype != weight.dtype or torch.is_autocast_enabled("cpu"):
-            return super().forward(x)
-        if type(weight) is not nn.Parameter:
-            if dtype == torch.bfloat16 and rows <= FEW_INT8_ROWS and _is_int8_by_row(weight):
-                return self._int8(x)
-        elif dtype == torch.float32:
-            return torch.ops.mkldnn._linear_pointwise(x, weight, self.bias, "none", [], "")
-        elif dtype == torch.bfloat16 and rows == 1:
-            with _onednn_off:
-                return super().forward(x)
-        return super().forward(x)
 
-    def _int8(self, x: torch.Tensor) -> torch.Tensor:
-        weight: Any = self.weight
-        out = torch.ops.aten._weight_int8pack_mm(
-            x.reshape(-1, x.shape[-1]), weight.qdata, weight.scale.to(x.dtype).flatten()
-        )
-        out = out.view(*x.shape[:-1], -1)
-        return out if self.bias is None else out.add_(self.bias)
+def _int8_linear(x: torch.Tensor, weight: Any, bias: torch.Tensor | None) -> torch.Tensor:
+    scale = weight.scale.to(x.dtype).flatten()
+    out = torch.ops.aten._weight_int8pack_mm(x.reshape(-1, x.shape[-1]), weight.qdata, scale)
+    out = out.view(*x.shape[:-1], -1)
+    return out if bias is None else out.add_(bias)
 
 
 def _is_int8_by_row(weight: Any) -> bool:
@@ -167,9 +163,19 @@ def _is_int8_by_row(weight: Any) -> bool:
     return by_row and weight.act_quant_kwargs is None and weight.act_pre_scale is None
 
 
+def _projected(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """layer(x), by `_fast_linear` where it can. The layers themselves are nn.Linear to the letter, which is what
+    quantizers look for; one with hooks, or with a forward that somebody (accelerate) has put before it, is called."""
+    if type(layer) is nn.Linear and not (layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer)):
+        out = _fast_linear(x, layer.weight, layer.bias)
+        if out is not None:
+            return out
+    return layer(x)
+
+
 def _linear(inputs: int, outputs: int, *, bias: bool, variance_scale: float = 1.0) -> nn.Linear:
     """A linear layer that remembers its official initialisation, std = sqrt(variance_scale / inputs)."""
-    layer = RecurrentGemmaLinear(inputs, outputs, bias=bias)
+    layer = nn.Linear(inputs, outputs, bias=bias)
     layer.init_std = math.sqrt(variance_scale / inputs)  # type: ignore[assignment]  # read by _init_weights
     return layer
 
@@ -188,7 +194,8 @@ class RecurrentGemmaMLP(nn.Module):
         self.act_fn = ACT2FN[config.hidden_activation]
 
     def forward(self, x_BTE: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(self.act_fn(self.gate_proj(x_BTE)) * self.up_proj(x_BTE))
+        hidden = self.act_fn(_projected(self.gate_proj, x_BTE)) * _projected(self.up_proj, x_BTE)
+        return _projected(self.down_proj, hidden)
 
 
 # --- Local attention ----------------------------------------------------------------------------------------------
@@ -329,9 +336,9 @@ class RecurrentGemmaAttention(nn.Module):
         self, x_BTE: torch.Tensor, step: Step, cache: Cache | None, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         shape = (*x_BTE.shape[:2], -1, self.head_dim)
-        q = rotate(self.q_proj(x_BTE).view(shape).transpose(1, 2), step.cos_BTr, step.sin_BTr)
-        k = rotate(self.k_proj(x_BTE).view(shape).transpose(1, 2), step.cos_BTr, step.sin_BTr)
-        v = self.v_proj(x_BTE).view(shape).transpose(1, 2)
+        q = rotate(_projected(self.q_proj, x_BTE).view(shape).transpose(1, 2), step.cos_BTr, step.sin_BTr)
+        k = rotate(_projected(self.k_proj, x_BTE).view(shape).transpose(1, 2), step.cos_BTr, step.sin_BTr)
+        v = _projected(self.v_proj, x_BTE).view(shape).transpose(1, 2)
         if step.shard is not None:
             k, v = step.shard.with_left(k, v, size=self.config.attention_window_size, dim=2)
         if cache is not None:
@@ -348,7 +355,7 @@ class RecurrentGemmaAttention(nn.Module):
                 self, q, k, v, step.attention.prepared, dropout=dropout, scaling=self.scaling,
                 sliding_window=self.config.sliding_window, is_causal=True, **kwargs,
             )  # fmt: skip
-        return self.o_proj(out.reshape(*x_BTE.shape[:2], -1)), weights
+        return _projected(self.o_proj, out.reshape(*x_BTE.shape[:2], -1)), weights
 
     @staticmethod
     def _attend(
@@ -570,7 +577,7 @@ class RecurrentGemmaRecurrentBlock(nn.Module):
         self.act_fn = ACT2FN[config.hidden_activation]
 
     def forward(self, x_BTE: torch.Tensor, step: Step, cache: Cache | None, **kwargs: Any) -> tuple[torch.Tensor, None]:
-        u, y = self.linear_x(x_BTE), self.linear_y(x_BTE)
+        u, y = _projected(self.linear_x, x_BTE), _projected(self.linear_y, x_BTE)
         layer = None if cache is None else cache.layers[self.layer_idx]
         records = layer is not None and layer.record_past
         backend = resolve_block_backend(u.device, u.dtype, self.head_width, self.activation)
@@ -583,7 +590,7 @@ class RecurrentGemmaRecurrentBlock(nn.Module):
             if layer is not None:
                 cache.update_recurrent_state(last, self.layer_idx, history=states if records else None)
             out = (states * self.act_fn(y)).to(x_BTE.dtype)
-        return self.linear_out(out), None
+        return _projected(self.linear_out, out), None
 
     def _conv_input(self, u: torch.Tensor, step: Step, cache: Cache | None, layer: Any) -> torch.Tensor:
         """(B, K - 1 + T, D): u behind what came before it; the cache keeps what comes before the next."""
@@ -1252,7 +1259,8 @@ class RecurrentGemmaLMHead(nn.Linear):
 
     def forward(self, input: torch.Tensor, labels: torch.Tensor | None = None, **loss_kwargs: Any) -> torch.Tensor:
         if labels is None:
-            return F.linear(input, self.weight, self.bias)
+            out = _fast_linear(input, self.weight, self.bias)
+            return F.linear(input, self.weight, self.bias) if out is None else out
         return linear_cross_entropy(input, self.weight, labels, **loss_kwargs)
 
 

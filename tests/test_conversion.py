@@ -773,8 +773,6 @@ def test_an_interruption_leaves_nothing_and_a_rerun_starts_clean(tmp_path, confi
 
 def run_script(name: str, *arguments, **environment: str) -> subprocess.CompletedProcess:
     command = [sys.executable, CONVERSION / f"{name}.py", *map(str, arguments)]
-    # torchao, where it is installed, complains on stderr about its own parts for other machines.
-    environment = {"TORCHAO_FORCE_SKIP_LOADING_SO_FILES": "1", **environment}
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
 
 
@@ -803,7 +801,10 @@ def test_the_readme_on_an_archive_laid_out_like_kaggles(tmp_path):
     assert "google/recurrentgemma-2b-it" not in card, "no preset was given: these need not be Google's weights"
     wrong = run_script(*command)
     assert wrong.returncode == 1
-    assert wrong.stderr == f"error: {tmp_path / 'hf'} is not empty: give a new folder, or empty it first\n"
+    # The last line: torchao, where it is installed, speaks of itself when Transformers imports it.
+    *others, message = wrong.stderr.splitlines()
+    assert message == f"error: {tmp_path / 'hf'} is not empty: give a new folder, or empty it first"
+    assert not any("Traceback" in line for line in others)
 
 
 def test_a_tokenizer_of_another_model_is_refused_before_the_weights_are_read(tmp_path, config, pt):

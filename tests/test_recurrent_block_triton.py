@@ -2,6 +2,8 @@
 against the official code. All results are written to memory full of NaN.
 """
 
+import sys
+
 import pytest
 import torch
 
@@ -420,3 +422,23 @@ class TestChoice:
         set_backend("triton")
         with pytest.raises(ValueError, match=r"does not take dtype torch\.float64"):
             model.double()(torch.tensor([[1, 2]]))
+
+
+@pytest.mark.parametrize(("capability", "chosen"), [((7, 5), "portable"), ((8, 0), "portable"), ((9, 0), "triton")])
+def test_auto_leaves_gpus_whose_registers_are_too_few(monkeypatch, capability: tuple[int, int], chosen: str):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    caches = module._suits, sys.modules["recurrent_gemma_hf.linear_recurrence"]._triton_refusal
+    for cache in caches:
+        cache.cache_clear()
+    try:
+        asked = torch.device("cuda"), torch.bfloat16, 256, "gelu_pytorch_tanh"
+        assert module.resolve_block_backend(*asked) == chosen
+        if capability == (8, 0):
+            module.set_backend("triton")
+            assert module.resolve_block_backend(*asked) == "triton"
+    finally:
+        module.set_backend("auto")
+        for cache in caches:
+            cache.cache_clear()

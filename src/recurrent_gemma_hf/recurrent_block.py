@@ -12,6 +12,7 @@ Shape suffixes: B batch, T time, D lru_width, H heads, d = D / H, K conv taps, C
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -47,7 +48,8 @@ class RecurrentBlockParameters(NamedTuple):
 def set_backend(name: str) -> None:
     """Ask for an implementation of all recurrent blocks of this process: "triton", "portable", or "auto" (the default).
 
-    "auto" takes Triton's kernels on a GPU where they can run, and the portable code everywhere else. A backend asked
+    "auto" takes Triton's kernels on a GPU that suits them (NVIDIA from Hopper on, AMD, Intel), and the portable code
+    everywhere else, there with the scan alone by Triton where it runs. A backend asked
     for by name that cannot serve a model, its device or dtype raises ValueError when the model runs. A compiled model
     keeps what it was compiled with.
 
@@ -78,7 +80,7 @@ def resolve_block_backend(device: torch.device | str, dtype: torch.dtype, head_w
         ValueError: `set_backend` asked for "triton", and it cannot serve this.
     """
     device = torch.device(device)
-    if _asked_for == "portable" or (_asked_for == "auto" and device.type == "cpu"):
+    if _asked_for == "portable" or (_asked_for == "auto" and not _suits_the_kernels(device)):
         return "portable"
     refusal = triton_refusal(device) or _kernel_refusal(dtype, head_width, activation)
     if refusal is None:
@@ -86,6 +88,20 @@ def resolve_block_backend(device: torch.device | str, dtype: torch.dtype, head_w
     if _asked_for == "triton":
         raise ValueError(f'backend "triton" {refusal}, or call set_backend("auto")')
     return "portable"
+
+
+@torch.compiler.assume_constant_result
+def _suits_the_kernels(device: torch.device) -> bool:
+    return _suits(device)
+
+
+@functools.cache
+def _suits(device: torch.device) -> bool:
+    """Whether "auto" may take the fused kernels: on a GPU whose registers hold their tiles. Compiled for NVIDIA's before
+    Hopper they do not fit (60 kB per thread spilled, benchmarks/LOG.md)."""
+    if device.type == "cuda" and torch.version.cuda is not None and torch.cuda.is_available():
+        return torch.cuda.get_device_capability(device) >= (9, 0)
+    return device.type != "cpu"
 
 
 def scan_backend() -> str:

@@ -97,7 +97,7 @@ def _suits_the_kernels(device: torch.device) -> bool:
 
 @functools.cache
 def _suits(device: torch.device) -> bool:
-    """Whether "auto" may take the fused kernels: on a GPU whose registers hold their tiles. Compiled for NVIDIA's before
+    """Whether "auto" may take the fused kernels: on a GPU whose registers hold their tiles. On NVIDIA's before
     Hopper they do not fit (60 kB per thread spilled, benchmarks/LOG.md)."""
     if device.type == "cuda" and torch.version.cuda is not None and torch.cuda.is_available():
         return torch.cuda.get_device_capability(device) >= (9, 0)

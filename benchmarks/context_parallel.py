@@ -11,8 +11,9 @@ Messages are not part of it: their size is in tests/distributed_worker.py.
 
 import torch
 import torch.distributed as dist
-from peers import our_config, ours, recorded, seconds
+from peers import our_config, recorded, seconds
 
+from recurrent_gemma_hf import RecurrentGemmaForCausalLM
 from recurrent_gemma_hf.context_parallel import SequenceShard
 from recurrent_gemma_hf.linear_recurrence import linear_recurrence
 
@@ -24,7 +25,8 @@ def main() -> None:
         for T, E in ((2048, 512), (1024, 2560)):
             shard = SequenceShard(dist.group.WORLD, 0, 1, 0, T)
             x, a = torch.randn(1, T, E, requires_grad=True), torch.rand(1, T, E).requires_grad_()
-            model = ours(our_config(E, 1, E // 256, 1024, 16)).train()
+            torch.manual_seed(0)
+            model = RecurrentGemmaForCausalLM(our_config(E, 1, E // 256, 1024, 16)).train()
             inputs = torch.randn(1, T, E)
             times = {
                 "recurrence_ms": seconds(lambda x=x, a=a: linear_recurrence(x, a)[0].sum().backward(), repeats=7),

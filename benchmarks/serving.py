@@ -27,7 +27,9 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the engine in th
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
 import torch
-from peers import RESULTS, gemma, our_config, ours, parameters, recorded
+from peers import RESULTS, gemma, our_config, parameters, recorded
+
+from recurrent_gemma_hf import RecurrentGemmaForCausalLM
 
 CONCURRENT = (1, 4, 16, 64)
 VOCAB = 4096
@@ -100,7 +102,8 @@ def generate_seconds(model: torch.nn.Module):
 
 def measure(system: str, is_long: bool) -> None:
     with recorded(f"serving_{system}" + ("_long" if is_long else ""), COLUMNS) as row, torch.no_grad():
-        model = gemma(config()) if system == "vllm-gemma" else ours(config())
+        torch.manual_seed(0)
+        model = gemma(config()) if system == "vllm-gemma" else RecurrentGemmaForCausalLM(config())
         run = (generate_seconds if system == "generate" else vllm_seconds)(model.eval())
         run(16, requests(SHORT)[:16])  # compiles and touches the memory
         work = requests(LONG if is_long else SHORT)

@@ -44,6 +44,8 @@ from .configuration_recurrent_gemma import RecurrentGemmaConfig
 from .linear_cross_entropy import IGNORE_INDEX, check_labels, chunked_cross_entropy, linear_cross_entropy
 from .linear_recurrence import linear_recurrence
 from .recurrent_block import (
+    MIN_4X_IN_SQRT_GRADIENT,
+    RG_LRU_C,
     RecurrentBlockParameters,
     recurrent_block,
     recurrent_block_step,
@@ -54,8 +56,6 @@ from .tensor_parallel import check_tensor_parallel
 
 logger = logging.get_logger(__name__)
 
-RG_LRU_C = 8.0  # c of equation 3: log a = -c r softplus(Lambda)
-MIN_4X_IN_SQRT_GRADIENT = 1e-6  # the official code divides the gradient of sqrt(x) by sqrt(max(4 x, this))
 QUERY_BLOCK = 512  # queries per block of banded attention; the waste is block / window
 ONEDNN: Any = torch.backends.mkldnn  # Any: its attributes are properties, made at run time
 HAS_ONEDNN = ONEDNN.is_available()

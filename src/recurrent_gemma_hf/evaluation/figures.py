@@ -31,9 +31,11 @@ def save(figure: Any, path: Path) -> None:
 
 
 def draw_synthetic(records: list[dict[str, Any]], path: Path) -> None:
-    """One row per task: speed of learning, and accuracy against length; mean over the seeds and their range."""
+    """One row per task: the share of answer tokens that are right, while learning (a line per seed), and against length
+    (mean over the seeds and their range)."""
     tasks = list(dict.fromkeys(record["task"] for record in records))
-    figure, grid = plt.subplots(len(tasks), 2, figsize=(11, 3.4 * len(tasks)), squeeze=False)
+    size = (11, 3.4 * len(tasks))
+    figure, grid = plt.subplots(len(tasks), 2, figsize=size, squeeze=False, layout="constrained")
     for (learning, length), task in zip(grid, tasks, strict=True):
         _draw_learning(learning, [record for record in records if record["task"] == task], task)
         _draw_lengths(length, [record for record in records if record["task"] == task], task)
@@ -52,17 +54,17 @@ def _draw_learning(axes: Axes, records: list[dict[str, Any]], task: str) -> None
     for architecture, runs in _by_architecture(records).items():
         for number, run in enumerate(runs):
             steps = [0, *(row["step"] for row in run["curve"])]
-            solved = [0.0, *(row["rows"] for row in run["curve"])]
+            solved = [0.0, *(row["tokens"] for row in run["curve"])]
             label = f"{architecture}, seeds: {len(runs)}" if number == 0 else None
             axes.plot(steps, solved, color=COLOURS.get(architecture), alpha=0.8, label=label)
-    axes.set(title=f"{task}: learning", xlabel="step", ylabel="answers entirely right", ylim=(-0.03, 1.03))
+    axes.set(title=f"{task}: learning", xlabel="step", ylabel="answer tokens right", ylim=(-0.03, 1.03))
     axes.grid(alpha=0.3)
 
 
 def _draw_lengths(axes: Axes, records: list[dict[str, Any]], task: str) -> None:
     for architecture, runs in _by_architecture(records).items():
         lengths = [cell["length"] for cell in runs[0]["accuracy"] if cell["depth"] is None]
-        solved = np.array([[c["rows"] for c in run["accuracy"] if c["depth"] is None] for run in runs])
+        solved = np.array([[c["tokens"] for c in run["accuracy"] if c["depth"] is None] for run in runs])
         colour = COLOURS.get(architecture)
         axes.plot(lengths, solved.mean(0), marker="o", color=colour)
         axes.fill_between(lengths, solved.min(0), solved.max(0), color=colour, alpha=0.15)

@@ -110,15 +110,18 @@ def position_losses(
     model: RecurrentGemmaForCausalLM, segments_ST: torch.Tensor, chunk: int | None = None
 ) -> torch.Tensor:
     """(S, T) float32, on the CPU: the loss of every token, in nats, one segment after the other."""
-    rows = []
-    with tqdm(total=segments_ST.shape[0] * (segments_ST.shape[1] - 1), unit="token", unit_scale=True) as progress:
-        for tokens in segments_ST:
-            parts = []
+    segments, length = segments_ST.shape[0], segments_ST.shape[1] - 1
+    # Made at once: small pieces kept between the chunks' logits would hold the allocator's memory apart, 4 GB in a
+    # million tokens.
+    losses_ST = torch.empty(segments, length)
+    with tqdm(total=segments * length, unit="token", unit_scale=True) as progress:
+        for tokens, losses_T in zip(segments_ST, losses_ST, strict=True):
+            start = 0
             for losses_BC in streamed_losses(model, tokens[None], chunk):
-                parts.append(losses_BC[0].cpu())
+                losses_T[start : start + losses_BC.shape[1]] = losses_BC[0]
+                start += losses_BC.shape[1]
                 progress.update(losses_BC.shape[1])
-            rows.append(torch.cat(parts))
-    return torch.stack(rows)
+    return losses_ST
 
 
 def bin_edges(length: int, bins_per_octave: int) -> list[int]:

@@ -48,10 +48,10 @@ TRAINING, VALIDATION, EVALUATION = 0, 1, 2
 class Settings:
     """What every architecture is trained with.
 
-    Every batch has sequences of one length, drawn between `shortest` and `length`. The paper's are all of one length,
-    which is what `shortest` equal to `length` means; they take far longer to learn. The learning rate warms up, stays,
-    and falls to zero over the last `decay_steps` steps. Training ends early when the held-out accuracy has reached
-    `solved`, so the number of steps is the speed of learning.
+    Every batch has sequences of one length, drawn between `shortest` and `length`, each octave as often as the next.
+    The paper's are all of one length, which is what `shortest` equal to `length` means; they take far longer to learn.
+    The learning rate warms up, stays, and falls to zero over the last `decay_steps` steps. Training ends early when the
+    held-out accuracy has reached `solved`, so the number of steps is the speed of learning.
     """
 
     length: int
@@ -150,8 +150,7 @@ def train(
         while step < last_step:
             for group in optimizer.param_groups:
                 group["lr"] = _learning_rate(step, last_step, settings)
-            length = int(torch.randint(settings.shortest, settings.length + 1, (), generator=random))
-            batch = task.batch(length, settings.batch_size, random)
+            batch = task.batch(_drawn_length(settings, random), settings.batch_size, random)
             losses.append(_training_step(model, optimizer, batch, settings))
             step += 1
             progress.update()
@@ -176,6 +175,11 @@ def _optimizer(model: RecurrentGemmaForCausalLM, settings: Settings) -> torch.op
         (decayed if name.endswith("weight") and parameter.ndim >= 2 else kept).append(parameter)
     groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": kept, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.98))
+
+
+def _drawn_length(settings: Settings, generator: torch.Generator) -> int:
+    octaves = torch.rand((), generator=generator).item() * math.log2(settings.length / settings.shortest)
+    return round(settings.shortest * 2**octaves)
 
 
 def _learning_rate(step: int, last_step: int, settings: Settings) -> float:

@@ -2,9 +2,12 @@
 
     python benchmarks/decode.py [--device cuda] [--contexts 1000 8192 1000000] [--batch 1]
     python benchmarks/decode.py --weights int8 --peers ours      # torchao's weight-only quantization (CPU)
+    python benchmarks/decode.py --size 2b --weights int8 --dtype bfloat16 --peers ours in-tree --float32 in-tree
 
 The floor of a step is the time to read every weight once and the state of every row, at the bandwidth that the fastest
-read in the same run reached. Peers take turns, so that a disturbance of the machine meets all of them.
+read in the same run reached. Peers, and this read on a CPU, take turns, so that a disturbance of the machine meets all
+of them. A peer named after --float32 runs in float32, whatever --dtype and --weights say of the others. In-tree and
+ours share their weights in memory where they have the same.
 """
 
 from __future__ import annotations
@@ -69,31 +72,38 @@ class Decoding:
         if "error" in row:
             self.add(row)
 
+    def form(self, name: str) -> tuple[torch.dtype, str]:
+        """Dtype and weights of a peer."""
+        return (torch.float32, AS_THEY_ARE) if name in self.args.float32 else (self.args.dtype, self.args.weights)
+
     def build(self, names: list[str]) -> None:
         self.made.clear()
         release()
         for name in names:
 
             def make(name: str = name) -> dict[str, Any]:
-                peer = PEERS[name](SIZES[self.args.size](), self.args.device, self.args.dtype)
-                if self.args.weights != AS_THEY_ARE:
-                    quantize(peer, self.args.weights)
+                dtype, weights = self.form(name)
+                is_twin = name == "in-tree" and "ours" in self.made and self.form("ours") == (dtype, AS_THEY_ARE)
+                shared = {"twin": self.made["ours"]} if is_twin else {}
+                peer = PEERS[name](SIZES[self.args.size](), self.args.device, dtype, **shared)
+                if weights != AS_THEY_ARE:
+                    quantize(peer, weights)
                 self.made[name] = peer
                 return {}
 
-            attempt({"weights": self.args.weights, "model": name}, make, self.refused)
+            attempt({"weights": self.form(name)[1], "model": name}, make, self.refused)
 
     def read_bytes(self, peer: Any, context: int) -> int:
         state = self.args.batch * peer.cache_bytes(context)
-        if self.args.weights == AS_THEY_ARE:
+        if self.form(peer.name)[1] == AS_THEY_ARE:
             return peer.weight_bytes() + state
         table = peer.model.model.embed_tokens.weight  # not read once the head has weights of its own
         return sum(tensor_bytes(p) for p in peer.model.parameters() if p is not table) + state
 
     def row(self, name: str, context: int) -> dict[str, Any]:
-        args = self.args
-        about = {"weights": args.weights, "B": args.batch, "context": context, "model": name}
-        return {**about, "dtype": str(args.dtype), "size": args.size}
+        dtype, weights = self.form(name)
+        about = {"weights": weights, "B": self.args.batch, "context": context, "model": name}
+        return {**about, "dtype": str(dtype), "size": self.args.size}
 
     def started(self, context: int) -> dict[str, Callable[[], None]]:
         """A step of every peer that can, compiled and captured."""
@@ -125,6 +135,8 @@ class Decoding:
 
                 ms = clock.ms(several, repeats=1, warmup=0) / self.args.tokens
                 best[name] = min(best.get(name, math.inf), ms)
+            if self.args.device.type == "cpu":
+                self.limits.read = max(self.limits.read, self.limits.read_now())
         for name, ms in best.items():
             floor = self.read_bytes(self.made[name], context) / self.limits.read * 1e3
             speed = {"ms": ms, "tokens/s": self.args.batch / ms * 1e3, "floor ms": floor, "share of floor": floor / ms}
@@ -139,6 +151,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--tokens", type=int, default=32, help="per turn")
     parser.add_argument("--weights", choices=[AS_THEY_ARE, "int8", "int4"], default=AS_THEY_ARE)
+    parser.add_argument("--float32", nargs="+", choices=list(PEERS), default=[], help="peers that run in float32")
     parser.add_argument("--one-by-one", action="store_true", help="one peer in memory at a time, as on a GPU: no turns")
     args = parsed(parser)
     args.tokens = min(args.tokens, 2) if args.quick else args.tokens

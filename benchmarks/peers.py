@@ -139,12 +139,19 @@ class Limits:
         return 8 * self.elements / self._ms(lambda: target.copy_(source)) * 1e3
 
     @cached_property
-    def read(self) -> float:
-        """Bytes per second that a sum or a matrix-vector product reads, whichever is faster: decoding's limit."""
+    def _matrix(self) -> torch.Tensor:
         columns = min(4096, self.elements)
-        matrix = torch.randn(self.elements // columns, columns, device=self.device)
-        vector = torch.randn(columns, device=self.device)
+        return torch.randn(self.elements // columns, columns, device=self.device)
+
+    def read_now(self) -> float:
+        """Bytes per second that a sum or a matrix-vector product reads, whichever is faster: decoding's limit."""
+        matrix, vector = self._matrix, torch.ones(self._matrix.shape[1], device=self.device)
         return 4 * self.elements / min(self._ms(matrix.sum), self._ms(lambda: torch.mv(matrix, vector))) * 1e3
+
+    @cached_property
+    def read(self) -> float:
+        """`read_now`, measured once."""
+        return self.read_now()
 
     @cached_property
     def flops(self) -> float:
@@ -171,20 +178,28 @@ def needed(module: str) -> Any:
         raise Missing(f"import {module}: {type(error).__name__}: {error}") from error
 
 
-def materialized(build: Callable[[], torch.nn.Module], device: torch.device, dtype: torch.dtype) -> torch.nn.Module:
-    """A model with small random weights, without the minutes that initialisation takes at 2B."""
+def materialized(
+    build: Callable[[], torch.nn.Module], device: torch.device, dtype: torch.dtype, twin: torch.nn.Module | None = None
+) -> torch.nn.Module:
+    """A model with small random weights, without the minutes that initialisation takes at 2B; or, for want of memory,
+    with those of its `twin`, whose parameters have the same names."""
     torch.manual_seed(0)
     with torch.device("meta"):
         model = build().to(dtype)
     buffers = {name: buffer for name, buffer in model.named_buffers() if buffer.device.type == "meta"}
-    model = model.to_empty(device=device)
+    if twin is None:
+        model = model.to_empty(device=device)
+    else:
+        model.load_state_dict(twin.state_dict(), assign=True)
     if hasattr(model, "tie_weights"):
         model.tie_weights()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.uniform_(-0.01, 0.01)
-        for name in buffers:  # RoPE's frequencies and the like, which no checkpoint holds: any numbers do for a timing
-            model.get_buffer(name).fill_(1)
+    if twin is None:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.uniform_(-0.01, 0.01)
+    for name, buffer in buffers.items():  # RoPE's frequencies and the like, which no checkpoint holds: any numbers do
+        owner, _, last = name.rpartition(".")
+        setattr(model.get_submodule(owner), last, torch.ones_like(buffer, device=device))
     return model
 
 
@@ -354,9 +369,12 @@ class InTree(HuggingFacePeer):
 
     name = "in-tree"
 
-    def __init__(self, config: RecurrentGemmaConfig, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self, config: RecurrentGemmaConfig, device: torch.device, dtype: torch.dtype, twin: Ours | None = None
+    ) -> None:
         super().__init__(config, device, dtype)
-        self.model = materialized(lambda: in_tree_recurrent_gemma(config), device, dtype)
+        twin_model = None if twin is None else twin.model
+        self.model = materialized(lambda: in_tree_recurrent_gemma(config), device, dtype, twin_model)
 
 
 def in_tree_recurrent_gemma(config: RecurrentGemmaConfig) -> torch.nn.Module:

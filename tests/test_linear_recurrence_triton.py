@@ -64,7 +64,7 @@ def test_small_tiles_equal_the_loop(shape, with_resets, small_tiles):
 def test_the_tiles_of_the_gpu_equal_the_loop(shape, dtype):
     inputs = make_inputs(shape, low=0.8, dtype=dtype)
     reset = make_reset(shape, 0.02)
-    assert kernels._segments(shape[0], shape[1], kernels.FORWARD_TILE.time)[0] > 1
+    assert kernels.segments(shape[0], shape[1], kernels.FORWARD_TILE.time)[0] > 1
     expected = results(linear_recurrence_reference, in_float64(inputs), reset_BT=reset)
     actual = results(linear_recurrence_triton, inputs, reset_BT=reset, output_dtype=torch.float32)
     assert_near(
@@ -74,10 +74,10 @@ def test_the_tiles_of_the_gpu_equal_the_loop(shape, dtype):
 
 
 def test_one_segment_where_rows_and_channels_fill_the_gpu(monkeypatch):
-    assert kernels._segments(blocks=320, T=8192, tile_time=32) == (1, 8192)  # 2B, batch of 8
-    assert kernels._segments(blocks=40, T=8192, tile_time=32) == (7, 1184)  # 2B, batch of 1
-    assert kernels._segments(blocks=1, T=8192, tile_time=32) == (32, 256)
-    assert kernels._segments(blocks=1, T=33, tile_time=32) == (2, 32)
+    assert kernels.segments(blocks=320, T=8192, tile_time=32) == (1, 8192)  # 2B, batch of 8
+    assert kernels.segments(blocks=40, T=8192, tile_time=32) == (7, 1184)  # 2B, batch of 1
+    assert kernels.segments(blocks=1, T=8192, tile_time=32) == (32, 256)
+    assert kernels.segments(blocks=1, T=33, tile_time=32) == (2, 32)
     monkeypatch.setattr(kernels, "WANTED_PROGRAMS", 1)
     inputs = make_inputs((2, 70, 5), dtype=torch.float32)
     expected = results(linear_recurrence_reference, in_float64(inputs))

@@ -19,7 +19,7 @@ from recurrent_gemma_hf.recurrent_block import (
     recurrent_block_step,
     resolve_block_backend,
 )
-from recurrent_gemma_hf.recurrent_block_triton import Tile
+from recurrent_gemma_hf.linear_recurrence_triton import Tile
 from tests.triton_interpreter import fast_scan, poisoned  # noqa: F401 (a fixture)
 
 GPU_TILES = kernels.FORWARD_TILES, kernels.BACKWARD_TILES, kernels.CONV_TILE
@@ -110,8 +110,8 @@ def test_equals_plain_torch_in_float64(shape):
 
 @pytest.mark.parametrize("wanted_programs", [1, 3, 40])
 def test_any_number_of_segments(wanted_programs, monkeypatch):
-    monkeypatch.setattr(kernels, "WANTED_PROGRAMS", wanted_programs)
-    assert kernels._segments(1, 29, 8) == {1: (1, 32), 3: (2, 16), 40: (4, 8)}[wanted_programs]
+    monkeypatch.setattr(scan_kernels, "WANTED_PROGRAMS", wanted_programs)
+    assert scan_kernels.segments(1, 29, 8) == {1: (1, 32), 3: (2, 16), 40: (4, 8)}[wanted_programs]
     inputs = make(1, 29, 1, 5)
     assert_near(results(recurrent_block, *inputs), exact(*inputs), 1e-6)
 
@@ -202,30 +202,42 @@ def test_operators_keep_their_promises():
     prepared = module._kernel_parameters(parameters, u.dtype)
     cheap = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(kernels.block, (u, y, *states.values(), *prepared, *flags.values()), test_utils=cheap)
-    plain = [t.detach() for t in prepared]
+    plain = [parameter.detach() for parameter in parameters]
     arguments = u.detach()[:, 0], y.detach()[:, 0], torch.randn(1, 2, 1), torch.randn(1, 2)
     torch.library.opcheck(kernels.decode, (*arguments, *plain, None, None, None), test_utils=cheap)
-    conv_inputs = u, states["context_BCD"], flags["reach_BTK"], prepared[0], prepared[1]
+    conv_inputs = torch.cat([states["context_BCD"], u], dim=1), flags["reach_BTK"], prepared[0], prepared[1]
     torch.library.opcheck(kernels.conv, conv_inputs, test_utils=cheap)
 
 
+@pytest.mark.parametrize("has_reach", [True, False])
 @pytest.mark.parametrize("shape", [(2, 19, 1, 20, 4), (1, 1, 1, 3, 4), (1, 9, 1, 3, 1)], ids=str)
-def test_the_convolution_by_itself(shape):
-    u, _, parameters, states, flags = make(*shape)
-    inputs = [u, parameters.conv_weight_D1K, parameters.conv_bias_D, states["context_BCD"]]
-    inputs = [tensor for tensor in inputs if tensor is not None]
+def test_the_convolution_by_itself(shape, has_reach):
+    (B, T, H, d, K), (u, _, parameters, _, flags) = shape, make(*shape)
+    full = torch.randn(B, K - 1 + T, H * d, requires_grad=True)
+    reach = flags["reach_BTK"] if has_reach else None
+    inputs = full, parameters.conv_weight_D1K, parameters.conv_bias_D
     weight = torch.randn(u.shape)
-    out = causal_conv1d(*inputs, reach_BTK=flags["reach_BTK"])
+    out = causal_conv1d(*inputs, reach)
     gradients = torch.autograd.grad((out * weight).sum(), inputs)
 
-    doubles = [in_float64(tensor) for tensor in inputs]
-    K, T = shape[4], shape[1]
-    full = torch.cat([*doubles[3:], doubles[0]], dim=1)
-    taps = flags["reach_BTK"].double()
-    wanted = doubles[2] + sum(full[:, k : k + T] * taps[..., k, None] * doubles[1][:, 0, k] for k in range(K))
+    full, conv_weight, bias = doubles = [in_float64(tensor) for tensor in inputs]
+    taps = torch.ones(B, T, K, dtype=torch.float64) if reach is None else reach.double()
+    wanted = bias + sum(full[:, k : k + T] * taps[..., k, None] * conv_weight[:, 0, k] for k in range(K))
     torch.testing.assert_close(out.double(), wanted, rtol=1e-6, atol=1e-6)
     for mine, theirs in zip(gradients, torch.autograd.grad((wanted * weight).sum(), doubles), strict=True):
         torch.testing.assert_close(mine.double(), theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_the_convolution_of_any_strides_and_of_nothing():
+    full, weight, bias = torch.randn(2, 9, 7), torch.randn(5, 1, 4), torch.randn(5)
+    expected = causal_conv1d(full[..., :5].contiguous(), weight, bias)
+    assert torch.equal(causal_conv1d(full[..., :5], weight, bias), expected)
+    assert torch.equal(causal_conv1d(full.mT.contiguous().mT[..., :5], weight, bias), expected)
+    nothing = full[:0, :, :5].requires_grad_()
+    weight.requires_grad_()
+    causal_conv1d(nothing, weight, bias).sum().backward()
+    assert nothing.grad.shape == (0, 9, 5)
+    assert torch.equal(weight.grad, torch.zeros(5, 1, 4))
 
 
 @pytest.mark.parametrize("with_flags", [False, True])
@@ -251,6 +263,20 @@ def test_a_step_is_a_block_of_one_token_in_place(shape, with_flags):
     held = flags["hold_BT"][..., None] if with_flags else torch.zeros(shape[0], 1, 1, dtype=torch.bool)
     assert torch.equal(conv_state, torch.where(held, states["context_BCD"].transpose(1, 2), shifted))
     assert (conv_state.data_ptr(), h.data_ptr()) == addresses
+
+
+@pytest.mark.parametrize("value", [-80.0, -15.0, -6.0, -1.0, 0.0, 3.0, 20.5, 90.0])
+@torch.no_grad()
+def test_a_step_takes_softplus_as_exactly_as_torch(value):
+    """With r = 1 and a state of 1 a step returns a: nothing but softplus(Lambda) matters."""
+    parameters = RecurrentBlockParameters(
+        torch.zeros(1, 1, 2), torch.zeros(1), torch.zeros(1, 1, 1), torch.full((1, 1), 90.0), torch.zeros(1, 1, 1),
+        torch.zeros(1, 1), torch.tensor([value]),
+    )  # fmt: skip
+    h = torch.ones(1, 1)
+    recurrent_block_step(torch.zeros(1, 1), torch.zeros(1, 1), parameters, torch.zeros(1, 1, 1), h)
+    log_a = -8.0 * torch.nn.functional.softplus(torch.tensor(value, dtype=torch.float64))
+    torch.testing.assert_close(h.double().item(), log_a.exp().item(), rtol=3e-6, atol=1e-37)
 
 
 # --- in the model -----------------------------------------------------------------------------------------------------

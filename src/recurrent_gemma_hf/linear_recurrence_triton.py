@@ -29,8 +29,8 @@ except ImportError as error:
 
 # As in linear_recurrence.py: each copy of this file registers operators under its own name.
 __all__ = [
-    "OPTIONS", "adjoint_scan", "allocate", "compose", "compose_summaries", "finite", "last_row", "on_device", "pointer",
-    "rows_of_channels", "scan", "scan_backward", "tl", "triton",
+    "OPTIONS", "SIZES", "Tile", "adjoint_scan", "allocate", "compose", "compose_summaries", "finite", "last_row",
+    "on_device", "own_row", "pointer", "rows_of_channels", "scan", "scan_backward", "segments", "tl", "triton",
 ]  # fmt: skip
 
 _NAMESPACE = re.sub(r"\W", "_", __name__, flags=re.ASCII)
@@ -45,7 +45,7 @@ class Tile(NamedTuple):
     time: int
     channels: int
     warps: int
-    stages: int
+    stages: int = 1
 
 
 # A tile multiplies its coefficients: with 64 steps they may reach 4 in size before the product leaves float32.
@@ -63,18 +63,30 @@ MAX_SEGMENTS = 32
 # by default Triton keeps three copies of everything that a matrix product reads.
 OPTIONS = {"enable_fp_fusion": True, "num_stages": 1}
 
+# By default Triton compiles a kernel anew for sizes that are 1 or no multiple of 16: seconds, for a prompt of another
+# length. These do not decide which loads can be wide.
+SIZES = ("B", "T", "S", "M", "steps")
 
-def _segments(blocks: int, T: int, tile_time: int) -> tuple[int, int]:
-    """(S, steps in each): into how many pieces time is cut when `blocks` programs share the rest of the work."""
-    S = min(-(-WANTED_PROGRAMS // blocks), MAX_SEGMENTS)
-    if blocks * 2 > WANTED_PROGRAMS:
-        S = 1  # half of the GPU that reads once beats all of it reading twice
+
+def segments(blocks: int, T: int, tile_time: int) -> tuple[int, int]:
+    """(S, steps in each): into how many pieces time is cut when `blocks` programs share the rest of the work.
+
+    Several read everything twice (the fused block: compute the gates twice), so not where half of the GPU has work.
+    """
+    S = 1 if blocks * 2 > WANTED_PROGRAMS else min(-(-WANTED_PROGRAMS // blocks), MAX_SEGMENTS)
     tiles = -(-T // tile_time)
     steps = -(-tiles // S) * tile_time
     return -(-T // steps), steps
 
 
 # ---------------------------------------------------------------- kernels
+
+
+@triton.jit
+def own_row(programs):
+    """This program among those of its row of the batch, and the row: together on the grid's first axis, because the
+    others end at 65,535."""
+    return tl.program_id(0) % programs, (tl.program_id(0) // programs).to(tl.int64)
 
 
 @triton.jit
@@ -99,7 +111,7 @@ def finite(decay):
 @triton.jit
 def compose_summaries(h, decay_ptr, end_ptr, b, segment, S, D, d):
     """The state that enters a segment, from the one that enters the first. Summaries are (B, S, D)."""
-    first = b.to(tl.int64) * S * D
+    first = b * S * D
     for s in range(segment):
         decay = tl.load(decay_ptr + first + s * D + d, mask=d < D, other=0.0)
         end = tl.load(end_ptr + first + s * D + d, mask=d < D, other=0.0)
@@ -116,7 +128,7 @@ def _coefficients(a_ptr, reset_ptr, a_stride_T, reset_stride_T, t, d, is_step, i
     return a
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def summary_kernel(
     x_ptr, a_ptr, reset_ptr, decay_ptr, end_ptr,
     T, D, S, steps,
@@ -124,12 +136,13 @@ def summary_kernel(
     REVERSE: tl.constexpr, HAS_RESET: tl.constexpr, TIME: tl.constexpr, CHANNELS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """What each segment but the last makes of the state that enters it: decay and end, (B, S, D) in float32."""
-    d = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)[None, :]
-    segment, b = tl.program_id(1), tl.program_id(2)
-    x_ptr += b.to(tl.int64) * x_stride_B
-    a_ptr += b.to(tl.int64) * a_stride_B
+    block, b = own_row(tl.cdiv(D, CHANNELS))
+    channel, segment = block * CHANNELS + tl.arange(0, CHANNELS), tl.program_id(1)
+    d = channel[None, :]
+    x_ptr += b * x_stride_B
+    a_ptr += b * a_stride_B
     if HAS_RESET:
-        reset_ptr += b.to(tl.int64) * reset_stride_B
+        reset_ptr += b * reset_stride_B
     decay = tl.full((CHANNELS,), 1.0, tl.float32)
     end = tl.zeros((CHANNELS,), tl.float32)
     for start in tl.range(segment * steps, segment * steps + steps, TIME, num_stages=STAGES):
@@ -144,13 +157,12 @@ def summary_kernel(
         a_last = last_row(a, TIME)
         end = a_last * end + last_row(x, TIME)
         decay = finite(a_last * decay)
-    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
-    out = (b.to(tl.int64) * S + segment) * D + channel
+    out = (b * S + segment) * D + channel
     tl.store(decay_ptr + out, decay, mask=channel < D)
     tl.store(end_ptr + out, end, mask=channel < D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def scan_kernel(
     x_ptr, a_ptr, reset_ptr, h0_ptr, decay_ptr, end_ptr, out_ptr, last_ptr,
     T, D, S, steps,
@@ -162,17 +174,17 @@ def scan_kernel(
 
     REVERSE: h_t = x_t + a_{t+1} h_{t+1} from the state h0 behind the end, which enters undamped.
     """
-    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    block, b = own_row(tl.cdiv(D, CHANNELS))
+    channel, segment = block * CHANNELS + tl.arange(0, CHANNELS), tl.program_id(1)
     d = channel[None, :]
-    segment, b = tl.program_id(1), tl.program_id(2)
-    x_ptr += b.to(tl.int64) * x_stride_B
-    a_ptr += b.to(tl.int64) * a_stride_B
-    out_ptr += b.to(tl.int64) * T * D
+    x_ptr += b * x_stride_B
+    a_ptr += b * a_stride_B
+    out_ptr += b * T * D
     if HAS_RESET:
-        reset_ptr += b.to(tl.int64) * reset_stride_B
+        reset_ptr += b * reset_stride_B
     h = tl.zeros((CHANNELS,), tl.float32)
     if HAS_H0:
-        h = tl.load(h0_ptr + b.to(tl.int64) * D + channel, mask=channel < D, other=0.0).to(tl.float32)
+        h = tl.load(h0_ptr + b * D + channel, mask=channel < D, other=0.0).to(tl.float32)
     h = compose_summaries(h, decay_ptr, end_ptr, b, segment, S, D, channel)
     for start in tl.range(segment * steps, segment * steps + steps, TIME, num_stages=STAGES):
         r = (start + tl.arange(0, TIME)[:, None]).to(tl.int64)
@@ -187,10 +199,10 @@ def scan_kernel(
         tl.store(out_ptr + t * D + d, states.to(out_ptr.dtype.element_ty), mask=(r < T) & is_channel)
         h = last_row(states, TIME)
     if segment == S - 1:
-        tl.store(last_ptr + b.to(tl.int64) * D + channel, h, mask=channel < D)
+        tl.store(last_ptr + b * D + channel, h, mask=channel < D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def scan_backward_kernel(
     dh_ptr, a_ptr, reset_ptr, h_ptr, h0_ptr, dh_last_ptr, decay_ptr, end_ptr, dx_ptr, da_ptr, dh0_ptr,
     T, D, S, steps,
@@ -199,17 +211,17 @@ def scan_backward_kernel(
     TIME: tl.constexpr, CHANNELS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """dx, da (B, T, D) and dh0 (B, D), contiguous; h (B, T, D), h0 and dh_last (B, D) contiguous."""
-    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    block, b = own_row(tl.cdiv(D, CHANNELS))
+    channel, segment = block * CHANNELS + tl.arange(0, CHANNELS), tl.program_id(1)
     d = channel[None, :]
-    segment, b = tl.program_id(1), tl.program_id(2)
-    row = b.to(tl.int64) * D + channel
-    dh_ptr += b.to(tl.int64) * dh_stride_B
-    a_ptr += b.to(tl.int64) * a_stride_B
-    h_ptr += b.to(tl.int64) * T * D
-    dx_ptr += b.to(tl.int64) * T * D
-    da_ptr += b.to(tl.int64) * T * D
+    row = b * D + channel
+    dh_ptr += b * dh_stride_B
+    a_ptr += b * a_stride_B
+    h_ptr += b * T * D
+    dx_ptr += b * T * D
+    da_ptr += b * T * D
     if HAS_RESET:
-        reset_ptr += b.to(tl.int64) * reset_stride_B
+        reset_ptr += b * reset_stride_B
     h0 = tl.zeros((CHANNELS,), tl.float32)
     if HAS_H0:
         h0 = tl.load(h0_ptr + row, mask=channel < D, other=0.0).to(tl.float32)
@@ -269,7 +281,7 @@ class _Walk(NamedTuple):
     reset_BT: Tensor | None
     decay_BSD: Tensor
     end_BSD: Tensor
-    grid: tuple[int, int, int]
+    grid: tuple[int, int]
     sizes: tuple[int, ...]  # T, D, S, steps, and the strides of x, a and reset
 
 
@@ -280,15 +292,15 @@ def _prepare(x_BTD: Tensor, a_BTD: Tensor, reset_BT: Tensor | None, tile: Tile, 
     if reset_BT is not None:
         reset_BT = reset_BT.view(torch.uint8)
     blocks = -(-D // tile.channels)
-    S, steps = _segments(blocks * B, T, tile.time)
+    S, steps = segments(blocks * B, T, tile.time)
     shape = (B, S, D) if S > 1 else (1, 1, 1)
     summaries = allocate(shape, torch.float32, device), allocate(shape, torch.float32, device)
     sizes = (T, D, S, steps, *_strides(x_BTD), *_strides(a_BTD), *_strides(reset_BT))
-    walk = _Walk(x_BTD, a_BTD, reset_BT, *summaries, (blocks, S, B), sizes)
+    walk = _Walk(x_BTD, a_BTD, reset_BT, *summaries, (blocks * B, S), sizes)
     if S > 1:
         small = SUMMARY_TILE
         with on_device(x_BTD):
-            summary_kernel[(-(-D // small.channels), S - 1, B)](
+            summary_kernel[(-(-D // small.channels) * B, S - 1)](
                 x_BTD, a_BTD, pointer(reset_BT, x_BTD), *summaries, *sizes,
                 REVERSE=reverse, HAS_RESET=reset_BT is not None,
                 TIME=small.time, CHANNELS=small.channels, STAGES=small.stages, num_warps=small.warps,

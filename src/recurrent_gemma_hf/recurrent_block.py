@@ -180,21 +180,24 @@ def recurrent_block_step(
     """
     from .recurrent_block_triton import decode
 
-    weight_KD, *rest = _kernel_parameters(parameters, u_BD.dtype)
-    return decode(u_BD, y_BD, conv_state_BDC, h_BD, weight_KD, *rest, reset_B, hold_B, reach_BK)
+    conv_weight, conv_bias, a_weight, a_bias, x_weight, x_bias, lambda_D = parameters
+    a_weight, x_weight = a_weight.to(u_BD.dtype), x_weight.to(u_BD.dtype)
+    return decode(
+        u_BD, y_BD, conv_state_BDC, h_BD, conv_weight, conv_bias, a_weight, a_bias, x_weight, x_bias, lambda_D,
+        reset_B, hold_B, reach_BK,
+    )  # fmt: skip
 
 
 def causal_conv1d(
-    u_BTD: Tensor,
-    weight_D1K: Tensor,
-    bias_D: Tensor,
-    context_BCD: Tensor | None = None,
-    reach_BTK: Tensor | None = None,
+    full_BFD: Tensor, weight_D1K: Tensor, bias_D: Tensor, reach_BTK: Tensor | None = None
 ) -> Tensor:
-    """The depthwise causal convolution of `recurrent_block` by itself, (B, T, D), by Triton kernels."""
+    """The depthwise causal convolution by itself, by Triton kernels: of F = K - 1 + T inputs to (B, T, D).
+
+    Accumulates in float32. Differentiable in all but `reach`; (B or 1, T, K), as in `recurrent_block`.
+    """
     from .recurrent_block_triton import conv
 
-    return conv(u_BTD, context_BCD, reach_BTK, weight_D1K[:, 0].t(), bias_D)
+    return conv(full_BFD, reach_BTK, weight_D1K[:, 0].t(), bias_D)
 
 
 def _kernel_parameters(parameters: RecurrentBlockParameters, dtype: torch.dtype) -> list[Tensor]:

@@ -24,59 +24,41 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from . import recurrent_block as contract
 from .linear_recurrence_triton import (
     OPTIONS,
+    SIZES,
+    Tile,
     allocate,
     compose,
     compose_summaries,
     finite,
     last_row,
     on_device,
+    own_row,
     pointer,
     rows_of_channels,
+    segments,
     tl,
     triton,
 )
 
 _NAMESPACE = re.sub(r"\W", "_", __name__, flags=re.ASCII)
 
-RG_LRU_C = tl.constexpr(8.0)  # c of equation 3: log a = -c r softplus(Lambda)
-MIN_4X_IN_SQRT_GRADIENT = tl.constexpr(
-    1e-6
-)  # the official code divides the gradient of sqrt(x) by sqrt(max(4 x, this))
+RG_LRU_C = tl.constexpr(contract.RG_LRU_C)
+MIN_4X_IN_SQRT_GRADIENT = tl.constexpr(contract.MIN_4X_IN_SQRT_GRADIENT)
 
 
 # ---------------------------------------------------------------- launch configuration: all of it
 
-
-class Tile(NamedTuple):
-    """Steps and output channels that a program holds at once, and its warps. It reads all channels of a head."""
-
-    time: int
-    channels: int
-    warps: int
-
-
 CHUNK = 64  # channels of a head that are convolved and multiplied at once
-MAX_HEAD = 256  # a head's block of gate weights, (d, channels) twice, stays on the chip
 
-# (half precision, float32). Forward and backward share the steps of a tile, for a state is kept per tile.
+# (half precision, float32): steps and output channels of a program, which reads all channels of its head. Forward and
+# backward share the steps of a tile, for a state is kept per tile.
 FORWARD_TILES = (Tile(64, 64, 4), Tile(32, 32, 8))
 BACKWARD_TILES = (Tile(64, 32, 8), Tile(32, 16, 8))
 CONV_TILE = Tile(32, 64, 4)
 DECODE_TILE = Tile(16, 32, 8)  # "time" counts rows of the batch here
-
-WANTED_PROGRAMS = 264  # two for each of the 132 multiprocessors of an H100 or H200
-MAX_SEGMENTS = 32
-
-
-def _segments(blocks: int, T: int, tile_time: int) -> tuple[int, int]:
-    """(S, steps in each). Several segments cost the gates twice, so not where half of the GPU has work already."""
-    S = 1 if blocks * 2 > WANTED_PROGRAMS else min(-(-WANTED_PROGRAMS // blocks), MAX_SEGMENTS)
-    tiles = -(-T // tile_time)
-    steps = -(-tiles // S) * tile_time
-    return -(-T // steps), steps
-
 
 def _is_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
@@ -193,7 +175,7 @@ def flag(pointer_T, t, T, HAS: tl.constexpr):
 # ---------------------------------------------------------------- kernels
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def block_kernel(
     u_ptr, y_ptr, context_ptr, h0_ptr, reset_ptr, hold_ptr, reach_ptr, conv_weight_ptr, conv_bias_ptr,
     a_weight_ptr, a_bias_ptr, x_weight_ptr, x_bias_ptr, softplus_ptr,
@@ -209,8 +191,8 @@ def block_kernel(
 
     SUMMARY: instead of these what each segment makes of the state that enters it, decay and end (B, S, D).
     """
-    head, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
-    segment, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    program, b = own_row(D // d * blocks)
+    head, block, segment = program // blocks, program % blocks, tl.program_id(1)
     outer = block * CHANNELS + tl.arange(0, CHANNELS)  # channels of the head that this program writes
     channel, is_channel = head * d + outer, outer < d
     c, is_c = channel[None, :], is_channel[None, :]
@@ -274,7 +256,7 @@ def block_kernel(
         tl.store(last_ptr + b * D + channel, h, mask=is_channel)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def block_backward_kernel(
     dout_ptr, dlast_ptr, u_ptr, y_ptr, context_ptr, reset_ptr, hold_ptr, reach_ptr, conv_weight_ptr, conv_bias_ptr,
     a_weight_ptr, a_bias_ptr, x_weight_ptr, x_bias_ptr, softplus_ptr, carries_ptr,
@@ -294,8 +276,8 @@ def block_backward_kernel(
 
     Segments count from the end. SUMMARY: as in `block_kernel`, for G_t = a_t g_t, the gradient of the state h_{t-1}.
     """
-    head, block = tl.program_id(0) // blocks, tl.program_id(0) % blocks
-    segment, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    program, b = own_row(D // d * blocks)
+    head, block, segment = program // blocks, program % blocks, tl.program_id(1)
     outer = block * CHANNELS + tl.arange(0, CHANNELS)
     channel, is_channel = head * d + outer, outer < d
     c, is_c = channel[None, :], is_channel[None, :]
@@ -398,7 +380,7 @@ def block_backward_kernel(
             tl.store(dh0_ptr + b * D + channel, G, mask=is_channel)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def conv_kernel(
     u_ptr, context_ptr, reach_ptr, weight_ptr, bias_ptr, out_ptr,
     T, D, u_stride_B, u_stride_T, context_stride_B, context_stride_T, reach_stride_B,
@@ -406,9 +388,10 @@ def conv_kernel(
     K: tl.constexpr, TIME: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """The depthwise causal convolution by itself, (B, T, D)."""
-    c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)[None, :]
-    b = tl.program_id(2).to(tl.int64)
-    start, row = tl.program_id(1) * TIME, tl.arange(0, TIME)[:, None]
+    blocks = tl.cdiv(D, CHANNELS)
+    program, b = own_row(blocks * tl.cdiv(T, TIME))
+    c = program % blocks * CHANNELS + tl.arange(0, CHANNELS)[None, :]
+    start, row = program // blocks * TIME, tl.arange(0, TIME)[:, None]
     t = (start + row).to(tl.int64)
     out = convolve(
         u_ptr + b * u_stride_B, context_ptr + b * context_stride_B, reach_ptr + b * reach_stride_B,
@@ -417,21 +400,21 @@ def conv_kernel(
     tl.store(out_ptr + (b * T + t) * D + c, out.to(out_ptr.dtype.element_ty), mask=(t < T) & (c < D))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def conv_backward_kernel(
     dout_ptr, u_ptr, context_ptr, reach_ptr, weight_ptr, du_ptr, dcontext_ptr, sums_ptr,
     T, D, S, steps, dout_stride_B, dout_stride_T, u_stride_B, u_stride_T, context_stride_B, context_stride_T,
-    reach_stride_B,
+    du_stride_B, dcontext_stride_B, reach_stride_B,
     HAS_CONTEXT: tl.constexpr, HAS_REACH: tl.constexpr,
     K: tl.constexpr, SUMS: tl.constexpr, TIME: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """du (B, T, D), dcontext (B, K - 1, D), and sums over each segment's time, (B, S, K + 1, D): dweight, then dbias.
 
-    SUMS is K + 1 rounded up to a power of 2. Time begins at -(K - 1), with the context.
+    The first two with rows of D numbers, one behind the other. SUMS is K + 1 rounded up to a power of 2. Time begins at -(K - 1), with the context.
     """
-    channel = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    block, b = own_row(tl.cdiv(D, CHANNELS))
+    channel, segment = block * CHANNELS + tl.arange(0, CHANNELS), tl.program_id(1)
     c, is_c = channel[None, :], (channel < D)[None, :]
-    segment, b = tl.program_id(1), tl.program_id(2).to(tl.int64)
     dout_ptr += b * dout_stride_B
     u_ptr += b * u_stride_B
     context_ptr += b * context_stride_B
@@ -458,47 +441,66 @@ def conv_backward_kernel(
             dtap = tl.sum(dout * x, axis=0)
             sums += tl.where(sum_row == tap, dtap[None, :], 0.0)
         du = du.to(du_ptr.dtype.element_ty)
-        tl.store(du_ptr + (b * T + s) * D + c, du, mask=(s >= 0) & (s < T) & is_c)
+        tl.store(du_ptr + b * du_stride_B + s * D + c, du, mask=(s >= 0) & (s < T) & is_c)
         if HAS_CONTEXT:
-            tl.store(dcontext_ptr + (b * (K - 1) + s + K - 1) * D + c, du, mask=(s < 0) & is_c)
+            tl.store(dcontext_ptr + b * dcontext_stride_B + (s + K - 1) * D + c, du, mask=(s < 0) & is_c)
     out = sums_ptr + ((b * S + segment) * (K + 1) + sum_row) * D + c
     tl.store(out, sums, mask=(sum_row <= K) & is_c)
 
 
 @triton.jit
-def convolve_step(
-    u_ptr, conv_state_ptr, reach_ptr, weight_ptr, bias_ptr, u_stride_B, state_stride_B, state_stride_T, state_stride_D,
-    reach_stride_B, b, c, is_row, is_channel, D, K: tl.constexpr, HAS_REACH: tl.constexpr,
-):  # fmt: skip
-    """The convolution of one token for rows b (rows, 1) and channels c (1, channels). float32."""
-    out = tl.load(bias_ptr + c, mask=is_channel, other=0.0).to(tl.float32) + tl.zeros_like(b).to(tl.float32)
-    for tap in tl.static_range(K):
-        if tap == K - 1:
-            pointers = u_ptr + b * u_stride_B + c
-        else:
-            pointers = conv_state_ptr + b * state_stride_B + tap * state_stride_T + c * state_stride_D
-        seen = tl.load(pointers, mask=is_row & is_channel, other=0.0).to(tl.float32)
-        if HAS_REACH:
-            seen *= tl.load(reach_ptr + b * reach_stride_B + tap, mask=is_row, other=0.0).to(tl.float32)
-        out += seen * tl.load(weight_ptr + tap * D + c, mask=is_channel, other=0.0).to(tl.float32)
-    return out
+def softplus(x):
+    """log(1 + exp(x)) of float32. Where exp(x) is small, what it loses by rounding in 1 + exp(x) is made good."""
+    z = tl.exp(-tl.abs(x))
+    one_and = 1.0 + z
+    return tl.maximum(x, 0.0) + tl.where(one_and == 1.0, z, tl.log(one_and) * (z / tl.maximum(one_and - 1.0, 1e-30)))
 
 
 @triton.jit
+def conv_input(
+    u_ptr, conv_state_ptr, u_stride_B, state_stride_B, state_stride_T, state_stride_D, b, c, inside, tap: tl.constexpr,
+    K: tl.constexpr,
+):  # fmt: skip
+    """What tap `tap` of the convolution reads: the newest input is not in the state yet. float32."""
+    if tap == K - 1:
+        return tl.load(u_ptr + b * u_stride_B + c, mask=inside, other=0.0).to(tl.float32)
+    pointers = conv_state_ptr + b * state_stride_B + tap * state_stride_T + c * state_stride_D
+    return tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def convolve_step(
+    u_ptr, conv_state_ptr, reach_ptr, weight_ptr, bias_ptr, u_stride_B, state_stride_B, state_stride_T, state_stride_D,
+    reach_stride_B, b, c, is_row, is_channel, K: tl.constexpr, HAS_REACH: tl.constexpr,
+):  # fmt: skip
+    """The convolution of one token for rows b (rows, 1) and channels c (1, channels); weight (D, K). float32."""
+    out = tl.load(bias_ptr + c, mask=is_channel, other=0.0).to(tl.float32) + tl.zeros_like(b).to(tl.float32)
+    for tap in tl.static_range(K):
+        seen = conv_input(
+            u_ptr, conv_state_ptr, u_stride_B, state_stride_B, state_stride_T, state_stride_D,
+            b, c, is_row & is_channel, tap, K,
+        )  # fmt: skip
+        if HAS_REACH:
+            seen *= tl.load(reach_ptr + b * reach_stride_B + tap, mask=is_row, other=0.0).to(tl.float32)
+        out += seen * tl.load(weight_ptr + c * K + tap, mask=is_channel, other=0.0).to(tl.float32)
+    return out
+
+
+@triton.jit(do_not_specialize=SIZES)
 def decode_kernel(
     u_ptr, y_ptr, conv_state_ptr, h_ptr, reset_ptr, hold_ptr, reach_ptr, conv_weight_ptr, conv_bias_ptr,
-    a_weight_ptr, a_bias_ptr, x_weight_ptr, x_bias_ptr, softplus_ptr, out_ptr,
+    a_weight_ptr, a_bias_ptr, x_weight_ptr, x_bias_ptr, lambda_ptr, out_ptr,
     B, D, d, u_stride_B, y_stride_B, state_stride_B, state_stride_T, state_stride_D, h_stride_B,
     reset_stride_B, hold_stride_B, reach_stride_B,
     HAS_RESET: tl.constexpr, HAS_HOLD: tl.constexpr, HAS_REACH: tl.constexpr, UPCAST: tl.constexpr,
     K: tl.constexpr, HEAD: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """One token of a head for some rows of the batch: out (B, D); the states are updated in place.
+    """One token of a head for some rows of the batch: out (B, D); the states are updated in place. Conv weight (D, K).
 
     One program for a whole head: all of its gates read all of its conv state, which it may overwrite only then.
     """
-    head = tl.program_id(0)
-    b = (tl.program_id(1) * ROWS + tl.arange(0, ROWS)[:, None]).to(tl.int64)
+    head, rows = own_row(D // d)
+    b = rows * ROWS + tl.arange(0, ROWS)[:, None]
     is_row = b < B
     inner = tl.arange(0, HEAD)
     c_in, is_in = (head * d + inner)[None, :], is_row & (inner < d)[None, :]
@@ -507,7 +509,7 @@ def decode_kernel(
 
     x_in = convolve_step(
         u_ptr, conv_state_ptr, reach_ptr, conv_weight_ptr, conv_bias_ptr, u_stride_B, state_stride_B, state_stride_T,
-        state_stride_D, reach_stride_B, b, c_in, is_row, (inner < d)[None, :], D, K, HAS_REACH,
+        state_stride_D, reach_stride_B, b, c_in, is_row, (inner < d)[None, :], K, HAS_REACH,
     ).to(u_ptr.dtype.element_ty)  # fmt: skip
 
     for block in range(0, d, CHANNELS):
@@ -526,27 +528,37 @@ def decode_kernel(
         # The convolution again for the channels of this block: a tile cannot be cut out of another.
         x = convolve_step(
             u_ptr, conv_state_ptr, reach_ptr, conv_weight_ptr, conv_bias_ptr, u_stride_B, state_stride_B,
-            state_stride_T, state_stride_D, reach_stride_B, b, c, is_row, is_c, D, K, HAS_REACH,
+            state_stride_T, state_stride_D, reach_stride_B, b, c, is_row, is_c, K, HAS_REACH,
         )  # fmt: skip
-        softplus = tl.load(softplus_ptr + c, mask=is_c, other=0.0)
-        a, _, gated, _, _ = coefficients(r, i, x, softplus, is_reset, is_held)
+        rate = softplus(tl.load(lambda_ptr + c, mask=is_c, other=0.0).to(tl.float32))
+        a, _, gated, _, _ = coefficients(r, i, x, rate, is_reset, is_held)
         h = a * tl.load(h_ptr + b * h_stride_B + c, mask=inside, other=0.0) + gated
         tl.store(h_ptr + b * h_stride_B + c, h, mask=inside)
         opened, _ = gelu(tl.load(y_ptr + b * y_stride_B + c, mask=inside, other=0.0).to(tl.float32))
         tl.store(out_ptr + b * D + c, (h * opened).to(out_ptr.dtype.element_ty), mask=inside)
 
+    moved = ()
+    for tap in tl.static_range(1, K):
+        state = conv_input(
+            u_ptr, conv_state_ptr, u_stride_B, state_stride_B, state_stride_T, state_stride_D, b, c_in, is_in, tap, K
+        )
+        moved = moved + (state.to(conv_state_ptr.dtype.element_ty),)  # type: ignore[assignment]  # noqa: RUF005
     tl.debug_barrier()  # every thread has read the old state before any writes the new one
-    is_moved = is_in & (is_held == 0)
     for tap in tl.static_range(K - 1):
         state = conv_state_ptr + b * state_stride_B + tap * state_stride_T + c_in * state_stride_D
-        if tap == K - 2:
-            moved = tl.load(u_ptr + b * u_stride_B + c_in, mask=is_in, other=0.0).to(conv_state_ptr.dtype.element_ty)
-        else:
-            moved = tl.load(state + state_stride_T, mask=is_in, other=0.0)
-        tl.store(state, moved, mask=is_moved)
+        tl.store(state, moved[tap], mask=is_in & (is_held == 0))
 
 
 # ---------------------------------------------------------------- launches
+
+
+def _row_stride(tensor: Tensor | None) -> int:
+    """From row to row of the batch; 0 where all share one."""
+    return 0 if tensor is None or tensor.shape[0] == 1 else tensor.stride(0)
+
+
+def _context_strides(context_BCD: Tensor | None) -> tuple[int, ...]:
+    return (0, 0) if context_BCD is None else context_BCD.stride()[:2]
 
 
 class _Block(NamedTuple):
@@ -591,10 +603,9 @@ class _Block(NamedTuple):
 
     @property
     def row_strides(self) -> list[int]:
-        """Of context (two), reset, hold and reach; 0 where all rows share one."""
-        context = (0, 0) if self.context_BCD is None else self.context_BCD.stride()[:2]
+        """Of context (two), reset, hold and reach."""
         flags = (self.reset_BT, self.hold_BT, self.reach_BTK)
-        return [*context, *(0 if flag is None or flag.shape[0] == 1 else flag.stride(0) for flag in flags)]
+        return [*_context_strides(self.context_BCD), *map(_row_stride, flags)]
 
     @property
     def constants(self) -> dict[str, Any]:
@@ -605,9 +616,6 @@ class _Block(NamedTuple):
             "HAS_REACH": self.reach_BTK is not None,
             "K": self.conv_weight_KD.shape[0],
         }
-
-    def only(self, *names: str) -> dict[str, Any]:
-        return {name: value for name, value in self.constants.items() if name in names}
 
 
 class _Plan(NamedTuple):
@@ -631,7 +639,7 @@ def _plan(block: _Block, tiles: tuple[Tile, Tile]) -> _Plan:
     tile = tiles[block.u_BTD.dtype == torch.float32]
     channels = min(tile.channels, padded(d))
     blocks = -(-d // channels)
-    S, steps = _segments(B * (D // d) * blocks, T, tile.time)
+    S, steps = segments(B * (D // d) * blocks, T, tile.time)
     constants = {
         "HEAD": padded(d),
         "CHUNK": min(CHUNK, padded(d)),
@@ -664,11 +672,11 @@ def _launch_block(block: _Block, h0_BD: Tensor | None) -> tuple[Tensor, Tensor, 
         *block.u_BTD.stride()[:2], *block.y_BTD.stride()[:2], *block.row_strides,
     ]  # fmt: skip
     constants = {**block.constants, **plan.constants, "HAS_H0": h0_BD is not None, "num_warps": plan.warps}
-    programs = D // block.width * plan.blocks
+    programs = B * D // block.width * plan.blocks
     with on_device(block.u_BTD):
         if plan.S > 1:
-            block_kernel[(programs, plan.S - 1, B)](*arguments, SUMMARY=True, **OPTIONS, **constants)
-        block_kernel[(programs, plan.S, B)](*arguments, SUMMARY=False, **OPTIONS, **constants)
+            block_kernel[(programs, plan.S - 1)](*arguments, SUMMARY=True, **OPTIONS, **constants)
+        block_kernel[(programs, plan.S)](*arguments, SUMMARY=False, **OPTIONS, **constants)
     return out_BTD, last_BD, carries_BMD
 
 
@@ -690,36 +698,34 @@ def _launch_scan_backward(
         *dout_BTD.stride()[:2], *block.u_BTD.stride()[:2], *block.y_BTD.stride()[:2], *block.row_strides,
     ]  # fmt: skip
     constants = {**block.constants, **plan.constants, "num_warps": plan.warps, **OPTIONS}
-    programs = D // block.width * plan.blocks
+    programs = B * D // block.width * plan.blocks
     with on_device(block.u_BTD):
         if plan.S > 1:
-            block_backward_kernel[(programs, plan.S - 1, B)](*arguments, SUMMARY=True, **constants)
-        block_backward_kernel[(programs, plan.S, B)](*arguments, SUMMARY=False, **constants)
+            block_backward_kernel[(programs, plan.S - 1)](*arguments, SUMMARY=True, **constants)
+        block_backward_kernel[(programs, plan.S)](*arguments, SUMMARY=False, **constants)
     return dy, conv, dconv, dgates, dh0_BD, sums_BS3D.sum((0, 1))
 
 
 def _launch_conv_backward(
-    dout_BTD: Tensor, u_BTD: Tensor, context_BCD: Tensor | None, reach_BTK: Tensor | None, weight_KD: Tensor
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """du, dcontext, dweight (K, D) and dbias (D,), the last two in float32."""
-    (B, T, D), K, device, tile = u_BTD.shape, weight_KD.shape[0], u_BTD.device, CONV_TILE
-    S, steps = _segments(B * -(-D // tile.channels), T + K - 1, tile.time)
-    du_BTD = allocate((B, T, D), u_BTD.dtype, device)
-    dcontext_BCD = None if context_BCD is None else allocate((B, K - 1, D), u_BTD.dtype, device)
-    sums_BSKD = allocate((B, S, K + 1, D), torch.float32, device)
-    context_strides = (0, 0) if context_BCD is None else context_BCD.stride()[:2]
-    reach_stride = 0 if reach_BTK is None or reach_BTK.shape[0] == 1 else reach_BTK.stride(0)
+    dout_BTD: Tensor, u_BTD: Tensor, context_BCD: Tensor | None, reach_BTK: Tensor | None, weight_KD: Tensor,
+    du_BTD: Tensor, dcontext_BCD: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """Writes du and dcontext; returns dweight and dbias, (K + 1, D) in float32."""
+    (B, T, D), K, tile = u_BTD.shape, weight_KD.shape[0], CONV_TILE
+    blocks = -(-D // tile.channels)
+    S, steps = segments(B * blocks, T + K - 1, tile.time)
+    sums_BSKD = allocate((B, S, K + 1, D), torch.float32, u_BTD.device)
     with on_device(u_BTD):
-        conv_backward_kernel[(-(-D // tile.channels), S, B)](
+        conv_backward_kernel[(B * blocks, S)](
             dout_BTD, u_BTD, pointer(context_BCD, u_BTD), pointer(reach_BTK, u_BTD), weight_KD,
             du_BTD, pointer(dcontext_BCD, u_BTD), sums_BSKD,
-            T, D, S, steps, *dout_BTD.stride()[:2], *u_BTD.stride()[:2], *context_strides, reach_stride,
+            T, D, S, steps, *dout_BTD.stride()[:2], *u_BTD.stride()[:2], *_context_strides(context_BCD),
+            du_BTD.stride(0), _row_stride(dcontext_BCD), _row_stride(reach_BTK),
             HAS_CONTEXT=context_BCD is not None, HAS_REACH=reach_BTK is not None, K=K,
             SUMS=triton.next_power_of_2(K + 1), TIME=tile.time, CHANNELS=tile.channels, num_warps=tile.warps,
             **OPTIONS,
         )  # fmt: skip
-    sums_KD = sums_BSKD.sum((0, 1))
-    return du_BTD, dcontext_BCD, sums_KD[:K], sums_KD[K]
+    return sums_BSKD.sum((0, 1))
 
 
 def _block_gradients(
@@ -734,12 +740,14 @@ def _block_gradients(
     weights_Hed = torch.cat([block.a_weight_Hdd.mT, block.x_weight_Hdd.mT], dim=1)
     dweights_Hde = torch.bmm(conv_HNd.mT, dgates_HNe)
     dconv_HNd.baddbmm_(dgates_HNe, weights_Hed)
-    du, dcontext, dconv_weight, dconv_bias = _launch_conv_backward(
-        dconv, block.u_BTD, block.context_BCD, block.reach_BTK, block.conv_weight_KD
+    du, context = allocate(dy.shape, dy.dtype, dy.device), block.context_BCD
+    dcontext = None if context is None else allocate(tuple(context.shape), dy.dtype, dy.device)
+    *dconv_weight, dconv_bias = _launch_conv_backward(
+        dconv, block.u_BTD, context, block.reach_BTK, block.conv_weight_KD, du, dcontext
     )
     da_weight, dx_weight = dweights_Hde.split(d, dim=2)
     dsoftplus, da_bias, dx_bias = sums_3D
-    parameters = (dconv_weight, dconv_bias, da_weight, da_bias, dx_weight, dx_bias, dsoftplus)
+    parameters = (torch.stack(dconv_weight), dconv_bias, da_weight, da_bias, dx_weight, dx_bias, dsoftplus)
     return du, dy, dcontext, dh0_BD, parameters
 
 
@@ -846,13 +854,13 @@ def decode(
     y_BD: Tensor,
     conv_state_BDC: Tensor,
     h_BD: Tensor,
-    conv_weight_KD: Tensor,
+    conv_weight_D1K: Tensor,
     conv_bias_D: Tensor,
     a_weight_Hdd: Tensor,
-    a_bias_D: Tensor,
+    a_bias_Hd: Tensor,
     x_weight_Hdd: Tensor,
-    x_bias_D: Tensor,
-    softplus_D: Tensor,
+    x_bias_Hd: Tensor,
+    lambda_D: Tensor,
     reset_B: Tensor | None,
     hold_B: Tensor | None,
     reach_BK: Tensor | None,
@@ -864,19 +872,18 @@ def decode(
         return out_BD
     u_BD, y_BD = rows_of_channels(u_BD), rows_of_channels(y_BD)
     flags = [None if flag is None else flag.contiguous() for flag in (reset_B, hold_B, reach_BK)]
-    strides = [0 if flag is None or flag.shape[0] == 1 else flag.stride(0) for flag in flags]
     reset, hold = (None if flag is None else flag.view(torch.uint8) for flag in flags[:2])
-    parameters = (conv_weight_KD, conv_bias_D, a_weight_Hdd, a_bias_D, x_weight_Hdd, x_bias_D, softplus_D)
+    parameters = (conv_weight_D1K, conv_bias_D, a_weight_Hdd, a_bias_Hd, x_weight_Hdd, x_bias_Hd, lambda_D)
     state_strides = conv_state_BDC.stride()
     tile = DECODE_TILE
     with on_device(u_BD):
-        decode_kernel[(H, -(-B // tile.time))](
+        decode_kernel[(H * -(-B // tile.time),)](
             u_BD, y_BD, conv_state_BDC, h_BD, *(pointer(flag, u_BD) for flag in (reset, hold, flags[2])),
             *(parameter.contiguous() for parameter in parameters), out_BD,
             B, D, d, u_BD.stride(0), y_BD.stride(0), state_strides[0], state_strides[2], state_strides[1],
-            h_BD.stride(0), *strides,
+            h_BD.stride(0), *map(_row_stride, flags),
             HAS_RESET=reset is not None, HAS_HOLD=hold is not None, HAS_REACH=reach_BK is not None,
-            UPCAST=_is_interpreted(), K=conv_weight_KD.shape[0], HEAD=padded(d), ROWS=tile.time,
+            UPCAST=_is_interpreted(), K=conv_weight_D1K.shape[2], HEAD=padded(d), ROWS=tile.time,
             CHANNELS=min(tile.channels, padded(d)), num_warps=tile.warps, **OPTIONS,
         )  # fmt: skip
     return out_BD
@@ -888,75 +895,71 @@ def _(u_BD: Tensor, *rest: Tensor | None) -> Tensor:
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::conv", mutates_args=())
-def conv(
-    u_BTD: Tensor, context_BCD: Tensor | None, reach_BTK: Tensor | None, weight_KD: Tensor, bias_D: Tensor
-) -> Tensor:
-    """The depthwise causal convolution by itself, (B, T, D)."""
-    (B, T, D), tile = u_BTD.shape, CONV_TILE
+def conv(full_BFD: Tensor, reach_BTK: Tensor | None, weight_KD: Tensor, bias_D: Tensor) -> Tensor:
+    """The depthwise causal convolution by itself: of F = K - 1 + T inputs to (B, T, D)."""
+    B, _, D = full_BFD.shape
+    u_BTD, context_BCD = _parted(rows_of_channels(full_BFD), weight_KD)
+    T, tile = u_BTD.shape[1], CONV_TILE
     out_BTD = allocate((B, T, D), u_BTD.dtype, u_BTD.device)
     if out_BTD.numel() == 0:
         return out_BTD
-    u_BTD, context_BCD, reach_BTK = _conv_inputs(u_BTD, context_BCD, reach_BTK)
-    context_strides = (0, 0) if context_BCD is None else context_BCD.stride()[:2]
-    reach_stride = 0 if reach_BTK is None or reach_BTK.shape[0] == 1 else reach_BTK.stride(0)
+    reach_BTK = None if reach_BTK is None else reach_BTK.contiguous()
     with on_device(u_BTD):
-        conv_kernel[(-(-D // tile.channels), -(-T // tile.time), B)](
+        conv_kernel[(B * -(-D // tile.channels) * -(-T // tile.time),)](
             u_BTD, pointer(context_BCD, u_BTD), pointer(reach_BTK, u_BTD), weight_KD.contiguous(), bias_D.contiguous(),
-            out_BTD, T, D, *u_BTD.stride()[:2], *context_strides, reach_stride,
+            out_BTD, T, D, *u_BTD.stride()[:2], *_context_strides(context_BCD), _row_stride(reach_BTK),
             HAS_CONTEXT=context_BCD is not None, HAS_REACH=reach_BTK is not None, K=weight_KD.shape[0],
             TIME=tile.time, CHANNELS=tile.channels, num_warps=tile.warps, **OPTIONS,
         )  # fmt: skip
     return out_BTD
 
 
-def _conv_inputs(
-    u: Tensor, context: Tensor | None, reach: Tensor | None
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    return (
-        rows_of_channels(u),
-        None if context is None else rows_of_channels(context),
-        None if reach is None else reach.contiguous(),
-    )
+def _parted(full_BFD: Tensor, weight_KD: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Views: the inputs that have an output, and the K - 1 before them."""
+    C = weight_KD.shape[0] - 1
+    return full_BFD[:, C:], full_BFD[:, :C] if C else None
 
 
 @conv.register_fake
-def _(u_BTD: Tensor, *rest: Tensor | None) -> Tensor:
-    return torch.empty(u_BTD.shape, dtype=u_BTD.dtype, device=u_BTD.device)
+def _(full_BFD: Tensor, reach_BTK: Tensor | None, weight_KD: Tensor, bias_D: Tensor) -> Tensor:
+    B, F, D = full_BFD.shape
+    return torch.empty((B, F - weight_KD.shape[0] + 1, D), dtype=full_BFD.dtype, device=full_BFD.device)
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::conv_backward", mutates_args=())
 def conv_backward(
-    dout_BTD: Tensor, u_BTD: Tensor, context_BCD: Tensor | None, reach_BTK: Tensor | None, weight_KD: Tensor
-) -> list[Tensor]:
-    """Gradients of u, the weight, the bias (float32), and the context, if there is one."""
-    if u_BTD.numel() == 0:
-        extra = [] if context_BCD is None else [torch.zeros_like(context_BCD)]
-        return [torch.zeros_like(u_BTD), weight_KD.new_zeros(weight_KD.shape, dtype=torch.float32),
-                weight_KD.new_zeros(weight_KD.shape[1], dtype=torch.float32), *extra]  # fmt: skip
-    inputs = _conv_inputs(u_BTD, context_BCD, reach_BTK)
-    du, dcontext, dweight, dbias = _launch_conv_backward(rows_of_channels(dout_BTD), *inputs, weight_KD.contiguous())
-    return [du, dweight.clone(), dbias.clone(), *([] if dcontext is None else [dcontext])]
+    dout_BTD: Tensor, full_BFD: Tensor, reach_BTK: Tensor | None, weight_KD: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the inputs; and of weight and bias, one below the other, (K + 1, D) in float32."""
+    dfull_BFD = allocate(tuple(full_BFD.shape), full_BFD.dtype, full_BFD.device)
+    if dout_BTD.numel() == 0:
+        K, D = weight_KD.shape
+        return dfull_BFD.zero_(), weight_KD.new_zeros((K + 1, D), dtype=torch.float32)
+    reach_BTK = None if reach_BTK is None else reach_BTK.contiguous()
+    inputs, gradients = (_parted(full, weight_KD) for full in (rows_of_channels(full_BFD), dfull_BFD))
+    dout_BTD = rows_of_channels(dout_BTD)
+    return dfull_BFD, _launch_conv_backward(dout_BTD, *inputs, reach_BTK, weight_KD.contiguous(), *gradients)
 
 
 @conv_backward.register_fake
 def _(
-    dout_BTD: Tensor, u_BTD: Tensor, context_BCD: Tensor | None, reach_BTK: Tensor | None, weight_KD: Tensor
-) -> list[Tensor]:
-    like = [u_BTD, weight_KD.float(), weight_KD[0].float(), *([] if context_BCD is None else [context_BCD])]
-    return [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in like]
+    dout_BTD: Tensor, full_BFD: Tensor, reach_BTK: Tensor | None, weight_KD: Tensor
+) -> tuple[Tensor, Tensor]:
+    K, D = weight_KD.shape
+    dfull_BFD = torch.empty(full_BFD.shape, dtype=full_BFD.dtype, device=full_BFD.device)
+    return dfull_BFD, torch.empty((K + 1, D), dtype=torch.float32, device=full_BFD.device)
 
 
 def _save_for_conv_gradient(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    u, context, reach, weight, bias = inputs
+    full, reach, weight, bias = inputs
     ctx.bias_dtype = bias.dtype
-    ctx.save_for_backward(u, context, reach, weight)
+    ctx.save_for_backward(full, reach, weight)
 
 
 def _conv_gradient(ctx: Any, dout_BTD: Tensor) -> tuple[Tensor | None, ...]:
-    u, context, reach, weight = ctx.saved_tensors
-    du, dweight, dbias, *rest = conv_backward(dout_BTD, u, context, reach, weight)
-    dcontext = None if context is None else rest[0].to(context.dtype)
-    return du, dcontext, None, dweight.to(weight.dtype), dbias.to(ctx.bias_dtype)
+    full, reach, weight = ctx.saved_tensors
+    dfull, sums_KD = conv_backward(dout_BTD, full, reach, weight)
+    return dfull, None, sums_KD[:-1].to(weight.dtype), sums_KD[-1].to(ctx.bias_dtype)
 
 
 conv.register_autograd(_conv_gradient, setup_context=_save_for_conv_gradient)

@@ -7,7 +7,7 @@
 The floor of a step is the time to read every weight once and the state of every row, at the bandwidth that the fastest
 read in the same run reached. Peers, and this read on a CPU, take turns, so that a disturbance of the machine meets all
 of them. A peer named after --float32 runs in float32, whatever --dtype and --weights say of the others. In-tree and
-ours share their weights in memory where they have the same.
+ours (compiled or not) share their weights in memory where they have the same.
 """
 
 from __future__ import annotations
@@ -83,7 +83,8 @@ class Decoding:
 
             def make(name: str = name) -> dict[str, Any]:
                 dtype, weights = self.form(name)
-                is_twin = name == "in-tree" and "ours" in self.made and self.form("ours") == (dtype, AS_THEY_ARE)
+                can_share = name in ("in-tree", "ours, compiled") and "ours" in self.made
+                is_twin = can_share and self.form("ours") == (dtype, weights) == (dtype, AS_THEY_ARE)
                 shared = {"twin": self.made["ours"]} if is_twin else {}
                 peer = PEERS[name](SIZES[self.args.size](), self.args.device, dtype, **shared)
                 if weights != AS_THEY_ARE:

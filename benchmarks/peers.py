@@ -315,14 +315,30 @@ class HuggingFacePeer(TorchPeer):
         return keys * self.attention_layers + recurrent * config.lru_width * (4 + config.conv1d_width * size)
 
 
-class Ours(HuggingFacePeer):
+class RecurrentGemmaPeer(HuggingFacePeer):
+    """Two implementations of one model, which can share its weights."""
+
+    def __init__(
+        self,
+        config: RecurrentGemmaConfig,
+        device: torch.device,
+        dtype: torch.dtype,
+        twin: RecurrentGemmaPeer | None = None,
+    ) -> None:
+        super().__init__(config, device, dtype)
+        self.model = materialized(self.build, device, dtype, None if twin is None else twin.model)
+
+    def build(self) -> torch.nn.Module:
+        raise NotImplementedError
+
+
+class Ours(RecurrentGemmaPeer):
     """This package."""
 
     name = "ours"
 
-    def __init__(self, config: RecurrentGemmaConfig, device: torch.device, dtype: torch.dtype) -> None:
-        super().__init__(config, device, dtype)
-        self.model = materialized(lambda: RecurrentGemmaForCausalLM(config), device, dtype)
+    def build(self) -> torch.nn.Module:
+        return RecurrentGemmaForCausalLM(self.config)
 
     def new_cache(self) -> Any:
         return RecurrentGemmaCache(self.config)
@@ -343,8 +359,8 @@ class OursCompiled(Ours):
 
     name = "ours, compiled"
 
-    def __init__(self, config: RecurrentGemmaConfig, device: torch.device, dtype: torch.dtype) -> None:
-        super().__init__(config, device, dtype)
+    def __init__(self, config: RecurrentGemmaConfig, device: torch.device, dtype: torch.dtype, **twin: Any) -> None:
+        super().__init__(config, device, dtype, **twin)
         mode = "reduce-overhead" if device.type == "cuda" else "default"
         self._compiled_step = torch.compile(self.model.forward, fullgraph=True, mode=mode)
         self._compiled = torch.compile(self.model.forward, dynamic=False)
@@ -364,17 +380,13 @@ class OursCompiled(Ours):
         self._compiled_step(input_ids=ids, past_key_values=cache, logits_to_keep=1)
 
 
-class InTree(HuggingFacePeer):
+class InTree(RecurrentGemmaPeer):
     """Transformers' own RecurrentGemma."""
 
     name = "in-tree"
 
-    def __init__(
-        self, config: RecurrentGemmaConfig, device: torch.device, dtype: torch.dtype, twin: Ours | None = None
-    ) -> None:
-        super().__init__(config, device, dtype)
-        twin_model = None if twin is None else twin.model
-        self.model = materialized(lambda: in_tree_recurrent_gemma(config), device, dtype, twin_model)
+    def build(self) -> torch.nn.Module:
+        return in_tree_recurrent_gemma(self.config)
 
 
 def in_tree_recurrent_gemma(config: RecurrentGemmaConfig) -> torch.nn.Module:

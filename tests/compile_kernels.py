@@ -29,8 +29,8 @@ TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-# Spilled bytes per thread (stores and loads) that are known and written down in benchmarks/LOG.md; others: 16.
-TOLERATED = {"block_kernel": 1900, "block_backward_kernel": 2100}
+# Spilled bytes per thread (stores and loads) that are known and written down in benchmarks/LOG.md; others: 24.
+TOLERATED = {"block_kernel": 1700, "block_backward_kernel": 1900}
 POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.uint8: "*u8"}
 
 
@@ -45,10 +45,13 @@ def signature_of(kernel, constants: dict, dtypes: dict) -> dict[str, str]:
 
 
 def compile_kernel(kernel, target: GPUTarget, constants: dict, dtypes: dict, warps: int):
-    """With all sizes and addresses multiples of 16, as at the published shapes."""
+    """With all addresses and the sizes that Triton looks at multiples of 16, as at the published shapes."""
     signature = signature_of(kernel, constants, dtypes)
+    unknown = {parameter.name for parameter in kernel.params if parameter.do_not_specialize}
     aligned = {
-        (index,): [["tt.divisibility", 16]] for index, name in enumerate(kernel.arg_names) if name not in constants
+        (index,): [["tt.divisibility", 16]]
+        for index, name in enumerate(kernel.arg_names)
+        if name not in constants and name not in unknown
     }
     source = ASTSource(kernel, signature, constants, aligned)
     return triton.compile(
@@ -131,7 +134,7 @@ def main() -> None:
         for target in options.targets.split(","):
             compiled = compile_kernel(kernel, TARGETS[target], constants, dtypes, warps)
             facts = {"kernel": name, "function": kernel.fn.__name__, "target": target, "warps": warps}
-            facts |= {"shared": compiled.metadata.shared, "tolerated": TOLERATED.get(kernel.fn.__name__, 16)}
+            facts |= {"shared": compiled.metadata.shared, "tolerated": TOLERATED.get(kernel.fn.__name__, 24)}
             if TARGETS[target].backend == "cuda":
                 facts |= registers(compiled, target.replace("90", "90a"))
             print(json.dumps(facts), flush=True)

@@ -134,9 +134,44 @@ def test_threads_share_the_switch():
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
+@pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_compiled_by_inductor(dtype: torch.dtype):
+def test_compiled_by_inductor(dtype: torch.dtype, bias: bool):
     """Which has no code for oneDNN's product of a weight that may change."""
-    layer, x = layer_and_input(dtype, (1, 80))
+    layer, x = layer_and_input(dtype, (1, 1, 80), bias=bias)
     with torch.no_grad():
         assert_near_float64(layer, x, torch.compile(_projected, fullgraph=True)(layer, x))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rows", "is_product"),
+    [(torch.float32, 1, False), (torch.bfloat16, 1, False), (torch.float64, 1, True), (torch.float32, 2, True)],
+)
+def test_one_row_is_no_product_when_compiled(dtype: torch.dtype, rows: int, is_product: bool):
+    """For Inductor alone: what is exported, and what gradients flow through, stays a linear layer."""
+    programs: list[str] = []
+
+    def backend(program: torch.fx.GraphModule, inputs: list) -> object:
+        programs.append(program.code)
+        return program.forward
+
+    layer, x = layer_and_input(dtype, (rows, 80))
+    torch.compiler.reset()
+    compiled = torch.compile(_projected, fullgraph=True, backend=backend)
+    with torch.no_grad():
+        assert_near_float64(layer, x, compiled(layer, x))
+        exported = torch.export.export(Calling(layer), (x,))
+    assert ("linear(" in programs[0]) == is_product
+    assert "aten.linear" in exported.graph_module.code
+    compiled(layer, x)
+    assert "linear(" in programs[1]
+    torch.compiler.reset()
+
+
+class Calling(nn.Module):
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return _projected(self.layer, x)

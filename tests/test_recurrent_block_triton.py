@@ -9,8 +9,10 @@ import torch
 
 from recurrent_gemma_hf import RecurrentGemmaCache, RecurrentGemmaForCausalLM, set_backend
 from recurrent_gemma_hf import linear_recurrence_triton as scan_kernels
+from recurrent_gemma_hf import modeling_recurrent_gemma as modeling
 from recurrent_gemma_hf import recurrent_block as module
 from recurrent_gemma_hf import recurrent_block_triton as kernels
+from recurrent_gemma_hf.linear_recurrence_triton import Tile
 from recurrent_gemma_hf.recurrent_block import (
     RecurrentBlockParameters,
     causal_conv1d,
@@ -19,7 +21,6 @@ from recurrent_gemma_hf.recurrent_block import (
     recurrent_block_step,
     resolve_block_backend,
 )
-from recurrent_gemma_hf.linear_recurrence_triton import Tile
 from tests.triton_interpreter import fast_scan, poisoned  # noqa: F401 (a fixture)
 
 GPU_TILES = kernels.FORWARD_TILES, kernels.BACKWARD_TILES, kernels.CONV_TILE
@@ -158,6 +159,15 @@ def test_nothing_but_the_inputs():
     u, y, parameters, *_ = make(2, 11, 1, 6)
     nothing = {"context_BCD": None, "h0_BD": None}
     assert_near(results(recurrent_block, u, y, parameters, nothing, {}), exact(u, y, parameters, nothing, {}), 1e-6)
+
+
+def test_no_token_and_no_row():
+    u, y, parameters, *_ = make(1, 1, 1, 2)
+    with pytest.raises(ValueError, match=r"\(1, 0, 2\): pass at least one token"):
+        recurrent_block(u[:, :0], y[:, :0], parameters)
+    out, last = recurrent_block(u[:0], y[:0], parameters)
+    (out.sum() + last.sum()).backward()
+    assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in parameters)
 
 
 def test_any_strides():
@@ -316,6 +326,31 @@ def both(function):
         set_backend(backend)
         answers.append(function())
     return answers
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_where_the_block_is_not_fused_the_convolution_is_a_kernel(model, monkeypatch, packed):
+    """As on GPUs of Ampere, and with a cache that records: the modules one by one."""
+    monkeypatch.setattr(modeling, "resolve_block_backend", lambda *_: "portable")
+    ids, weight = torch.randint(1, 265, (2, 9)), torch.randn(2, 9, 265)
+    positions = torch.cat([torch.arange(4), torch.arange(5)])[None] if packed else None
+
+    def run():
+        model.zero_grad(set_to_none=True)
+        logits = model(ids, position_ids=positions, use_cache=False).logits
+        (logits * weight).sum().backward()
+        return [logits.detach(), *(parameter.grad for parameter in model.parameters())]
+
+    set_backend("portable")
+    expected = run()
+    monkeypatch.setattr(modeling.CausalConv1d, "compute", None)
+    set_backend("triton")
+    for actual, wanted in zip(run(), expected, strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-5 * wanted.abs().max().item())
+    with torch.no_grad():  # a step of decoding: in torch
+        conv, step = model.model.layers[0].temporal_block.conv_1d, torch.randn(2, 4, 24)
+        with pytest.raises(TypeError, match="NoneType"):
+            conv(step)
 
 
 def test_packed_documents_and_padding(model):

@@ -1,6 +1,6 @@
 """The linear recurrence on a GPU, in Triton: `linear_recurrence` of linear_recurrence.py, forward and backward.
 
-Time is cut into segments, as many as it takes to fill the GPU (`_segments`). With one segment, a program owns a block
+Time is cut into segments, as many as it takes to fill the GPU (`segments`). With one segment, a program owns a block
 of channels of one row and walks through time tile by tile: each input is read once, each result written once, 6 bytes
 per element in bfloat16 forward and 10 backward. With several, each segment first finds what it makes of the state that
 enters it, h -> decay * h + end, reading x and a once more (from the second-level cache, where they fit); then every

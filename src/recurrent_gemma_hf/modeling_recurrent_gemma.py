@@ -42,11 +42,12 @@ from transformers.utils.generic import can_return_tuple
 from .cache_recurrent_gemma import RecurrentGemmaCache
 from .configuration_recurrent_gemma import RecurrentGemmaConfig
 from .linear_cross_entropy import IGNORE_INDEX, check_labels, chunked_cross_entropy, linear_cross_entropy
-from .linear_recurrence import linear_recurrence
+from .linear_recurrence import linear_recurrence, resolve_backend
 from .recurrent_block import (
     MIN_4X_IN_SQRT_GRADIENT,
     RG_LRU_C,
     RecurrentBlockParameters,
+    causal_conv1d,
     recurrent_block,
     recurrent_block_step,
     resolve_block_backend,
@@ -129,13 +130,19 @@ def _fast_linear(x: torch.Tensor, weight: Any, bias: torch.Tensor | None) -> tor
 
     What torch takes by itself leaves half of the memory's bandwidth unused when there are few rows, as in decoding:
     in float32 MKL (on processors that are not Intel's it runs on one thread), in bfloat16 oneDNN (it repacks the
-    weights), with torchao's int8 weights a conversion of all of them. Measured in benchmarks/LOG.md.
+    weights), with torchao's int8 weights a conversion of all of them. Measured in benchmarks/LOG.md. Under
+    torch.compile one row is a sum that Inductor makes a loop of its own of: faster than either library's product.
     """
-    is_special = torch.is_grad_enabled() or torch.compiler.is_compiling() or type(x) is not torch.Tensor
-    if x.device.type != "cpu" or is_special or not HAS_ONEDNN:
+    if x.device.type != "cpu" or torch.is_grad_enabled() or type(x) is not torch.Tensor:
         return None
     rows, dtype = x.numel() // x.shape[-1], x.dtype
     if rows > FEW_ROWS or dtype != weight.dtype or torch.is_autocast_enabled("cpu"):
+        return None
+    if torch.compiler.is_compiling():
+        is_plain = type(weight) is nn.Parameter and dtype in (torch.float32, torch.bfloat16)
+        is_for_inductor = rows == 1 and is_plain and not torch.compiler.is_exporting()
+        return _row_times_weight(x, weight, bias) if is_for_inductor else None
+    if not HAS_ONEDNN:
         return None
     if type(weight) is not nn.Parameter:
         is_for_kernel = dtype == torch.bfloat16 and rows <= FEW_INT8_ROWS and _is_int8_by_row(weight)
@@ -146,6 +153,13 @@ def _fast_linear(x: torch.Tensor, weight: Any, bias: torch.Tensor | None) -> tor
         with _onednn_off:
             return F.linear(x, weight, bias)
     return None
+
+
+def _row_times_weight(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """The product of one row as Inductor wants it: it calls MKL or oneDNN for anything that is written as a product."""
+    out = (weight.float() * x.reshape(-1).float()).sum(-1)
+    out = out if bias is None else out + bias
+    return out.to(x.dtype).view(*x.shape[:-1], -1)
 
 
 def _int8_linear(x: torch.Tensor, weight: Any, bias: torch.Tensor | None) -> torch.Tensor:
@@ -554,6 +568,11 @@ class RecurrentGemmaConv1d(nn.Conv1d):
         """The convolution of (B, K - 1 + T, D), or what `inside` makes of the parameters, called meanwhile."""
         if inside is not None:
             return inside(self.weight, self.bias)
+        # By a kernel wherever the scan is one, except for a single step of decoding, which is less than its launch.
+        scan_dtype = torch.promote_types(input.dtype, torch.float32)
+        is_step = input.shape[1] == self.weight.shape[2]
+        if not is_step and resolve_backend(scan_backend(), input.device, scan_dtype) == "triton":
+            return causal_conv1d(input, self.weight, self.bias, reach)
         weight, bias = self.weight.to(input.dtype), self.bias.to(input.dtype)
         return _differentiable(CausalConv1d)(input, weight, bias, reach)
 

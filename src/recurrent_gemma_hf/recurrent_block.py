@@ -152,7 +152,12 @@ def recurrent_block(
 
     Returns:
         out_BTD in the dtype of u, and the last state (B, D) in float32.
+
+    Raises:
+        ValueError: T = 0.
     """
+    if u_BTD.shape[1] == 0:
+        raise ValueError(f"u_BTD has shape {tuple(u_BTD.shape)}: pass at least one token, or skip the call")
     from .recurrent_block_triton import block
 
     weight_KD, *rest = _kernel_parameters(parameters, u_BTD.dtype)
@@ -188,9 +193,7 @@ def recurrent_block_step(
     )  # fmt: skip
 
 
-def causal_conv1d(
-    full_BFD: Tensor, weight_D1K: Tensor, bias_D: Tensor, reach_BTK: Tensor | None = None
-) -> Tensor:
+def causal_conv1d(full_BFD: Tensor, weight_D1K: Tensor, bias_D: Tensor, reach_BTK: Tensor | None = None) -> Tensor:
     """The depthwise causal convolution by itself, by Triton kernels: of F = K - 1 + T inputs to (B, T, D).
 
     Accumulates in float32. Differentiable in all but `reach`; (B or 1, T, K), as in `recurrent_block`.

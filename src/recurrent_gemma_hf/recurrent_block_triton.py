@@ -60,6 +60,7 @@ BACKWARD_TILES = (Tile(64, 32, 8), Tile(32, 16, 8))
 CONV_TILE = Tile(32, 64, 4)
 DECODE_TILE = Tile(16, 32, 8)  # "time" counts rows of the batch here
 
+
 def _is_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -71,6 +72,14 @@ def _is_interpreted() -> bool:
 def sigmoid(x):
     """Of float32."""
     return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def softplus(x):
+    """log(1 + exp(x)) of float32. Where exp(x) is small, what it loses by rounding in 1 + exp(x) is made good."""
+    z = tl.exp(-tl.abs(x))
+    one_and = 1.0 + z
+    return tl.maximum(x, 0.0) + tl.where(one_and == 1.0, z, tl.log(one_and) * (z / tl.maximum(one_and - 1.0, 1e-30)))
 
 
 @triton.jit
@@ -128,13 +137,29 @@ def gate_weights(weight_ptr, head, d, outer, HEAD: tl.constexpr, CHUNK: tl.const
 
 
 @triton.jit
-def gates(
-    u_ptr, context_ptr, reach_ptr, weight_ptr, bias_ptr, u_stride, context_stride, start, row, T, head, d, D,
+def gate_parameters(
+    a_weight_ptr, a_bias_ptr, x_weight_ptr, x_bias_ptr, softplus_ptr, head, d, outer,
+    HEAD: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Both gates' weights, their biases and softplus(Lambda), (1, CHANNELS) each, of a head's channels `outer`."""
+    c, is_c = (head * d + outer)[None, :], (outer < d)[None, :]
+    return (
+        gate_weights(a_weight_ptr, head, d, outer, HEAD, CHUNK),
+        gate_weights(x_weight_ptr, head, d, outer, HEAD, CHUNK),
+        tl.load(a_bias_ptr + c, mask=is_c, other=0.0).to(tl.float32),
+        tl.load(x_bias_ptr + c, mask=is_c, other=0.0).to(tl.float32),
+        tl.load(softplus_ptr + c, mask=is_c, other=0.0),
+    )
+
+
+@triton.jit
+def convolve_and_gate(
+    u_ptr, context_ptr, reach_ptr, weight_ptr, bias_ptr, u_stride, context_stride, start, row, T, head, d, D, outer,
     a_weights, x_weights, a_bias, x_bias,
     K: tl.constexpr, HAS_CONTEXT: tl.constexpr, HAS_REACH: tl.constexpr, UPCAST: tl.constexpr,
     HEAD: tl.constexpr, CHUNK: tl.constexpr, TIME: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """r and i of the channels that the weights belong to, from the convolution of the whole head, chunk by chunk.
+    """The convolution of the channels `outer` of a head, and r and i from that of the whole head, chunk by chunk.
 
     Transposed, because a left factor that has been computed would go to the tensor cores through registers, and
     Triton would then do the whole convolution, once per tap through shared memory, in their layout.
@@ -149,13 +174,20 @@ def gates(
         ).to(u_ptr.dtype.element_ty)  # fmt: skip
         r = dot(a_weights[chunk], tl.trans(x), r, UPCAST)
         i = dot(x_weights[chunk], tl.trans(x), i, UPCAST)
-    return sigmoid(tl.trans(r) + a_bias), sigmoid(tl.trans(i) + x_bias)
+    x = convolve(
+        u_ptr, context_ptr, reach_ptr, weight_ptr, bias_ptr, u_stride, context_stride,
+        start, row, T, (head * d + outer)[None, :], (outer < d)[None, :], D, K, HAS_CONTEXT, HAS_REACH,
+    )  # fmt: skip
+    return x, sigmoid(tl.trans(r) + a_bias), sigmoid(tl.trans(i) + x_bias)
 
 
 @triton.jit
-def coefficients(r, i, x, softplus, is_reset, is_held):
-    """a, the multiplier of x, x', exp(log a) and 1 - exp(2 log a); is_reset and is_held (steps, 1)."""
-    log_a = r * (-RG_LRU_C * softplus)
+def coefficients(r, i, x, rate, is_reset, is_held):
+    """a, the multiplier of x, x', exp(log a) and 1 - exp(2 log a).
+
+    rate: softplus(Lambda); is_reset and is_held (steps, 1).
+    """
+    log_a = r * (-RG_LRU_C * rate)
     a = tl.exp(log_a)
     square = 1.0 - tl.exp(2.0 * log_a)
     multiplier = tl.where(is_reset, 1.0, tl.sqrt(square))
@@ -204,11 +236,9 @@ def block_kernel(
     hold_ptr += b * hold_stride_B
     reach_ptr += b * reach_stride_B
 
-    a_weights = gate_weights(a_weight_ptr, head, d, outer, HEAD, CHUNK)
-    x_weights = gate_weights(x_weight_ptr, head, d, outer, HEAD, CHUNK)
-    a_bias = tl.load(a_bias_ptr + c, mask=is_c, other=0.0).to(tl.float32)
-    x_bias = tl.load(x_bias_ptr + c, mask=is_c, other=0.0).to(tl.float32)
-    softplus = tl.load(softplus_ptr + c, mask=is_c, other=0.0)
+    a_weights, x_weights, a_bias, x_bias, rate = gate_parameters(
+        a_weight_ptr, a_bias_ptr, x_weight_ptr, x_bias_ptr, softplus_ptr, head, d, outer, HEAD, CHUNK
+    )
     row = tl.arange(0, TIME)[:, None]
 
     if SUMMARY:
@@ -222,17 +252,13 @@ def block_kernel(
 
     for start in range(segment * steps, segment * steps + steps, TIME):
         t = (start + row).to(tl.int64)
-        r, i = gates(
+        x, r, i = convolve_and_gate(
             u_ptr, context_ptr, reach_ptr, conv_weight_ptr, conv_bias_ptr, u_stride_T, context_stride_T,
-            start, row, T, head, d, D, a_weights, x_weights, a_bias, x_bias,
+            start, row, T, head, d, D, outer, a_weights, x_weights, a_bias, x_bias,
             K, HAS_CONTEXT, HAS_REACH, UPCAST, HEAD, CHUNK, TIME, CHANNELS,
         )  # fmt: skip
-        x = convolve(
-            u_ptr, context_ptr, reach_ptr, conv_weight_ptr, conv_bias_ptr, u_stride_T, context_stride_T,
-            start, row, T, c, is_c, D, K, HAS_CONTEXT, HAS_REACH,
-        )  # fmt: skip
         is_held = flag(hold_ptr, t, T, HAS_HOLD) | (t >= T)  # nothing happens behind the end
-        a, _, gated, _, _ = coefficients(r, i, x, softplus, flag(reset_ptr, t, T, HAS_RESET), is_held)
+        a, _, gated, _, _ = coefficients(r, i, x, rate, flag(reset_ptr, t, T, HAS_RESET), is_held)
         a, gated = tl.associative_scan((a, gated), 0, compose)
         if SUMMARY:
             a_last = last_row(a, TIME)
@@ -293,11 +319,9 @@ def block_backward_kernel(
     hold_ptr += b * hold_stride_B
     reach_ptr += b * reach_stride_B
 
-    a_weights = gate_weights(a_weight_ptr, head, d, outer, HEAD, CHUNK)
-    x_weights = gate_weights(x_weight_ptr, head, d, outer, HEAD, CHUNK)
-    a_bias = tl.load(a_bias_ptr + c, mask=is_c, other=0.0).to(tl.float32)
-    x_bias = tl.load(x_bias_ptr + c, mask=is_c, other=0.0).to(tl.float32)
-    softplus = tl.load(softplus_ptr + c, mask=is_c, other=0.0)
+    a_weights, x_weights, a_bias, x_bias, rate = gate_parameters(
+        a_weight_ptr, a_bias_ptr, x_weight_ptr, x_bias_ptr, softplus_ptr, head, d, outer, HEAD, CHUNK
+    )
     row = tl.arange(0, TIME)[:, None]
     following = tl.minimum(row + 1, TIME - 1) + tl.zeros((TIME, CHANNELS), tl.int32)
     preceding = tl.maximum(row - 1, 0) + tl.zeros((TIME, CHANNELS), tl.int32)
@@ -315,18 +339,14 @@ def block_backward_kernel(
         start = M * TIME - segment * steps - tile - TIME
         t = (start + row).to(tl.int64)
         is_time = (t >= 0) & (t < T)
-        r, i = gates(
+        x, r, i = convolve_and_gate(
             u_ptr, context_ptr, reach_ptr, conv_weight_ptr, conv_bias_ptr, u_stride_T, context_stride_T,
-            start, row, T, head, d, D, a_weights, x_weights, a_bias, x_bias,
+            start, row, T, head, d, D, outer, a_weights, x_weights, a_bias, x_bias,
             K, HAS_CONTEXT, HAS_REACH, UPCAST, HEAD, CHUNK, TIME, CHANNELS,
-        )  # fmt: skip
-        x = convolve(
-            u_ptr, context_ptr, reach_ptr, conv_weight_ptr, conv_bias_ptr, u_stride_T, context_stride_T,
-            start, row, T, c, is_c, D, K, HAS_CONTEXT, HAS_REACH,
         )  # fmt: skip
         is_reset = flag(reset_ptr, t, T, HAS_RESET)
         is_held = flag(hold_ptr, t, T, HAS_HOLD) | (is_time == 0)
-        a, multiplier, gated, raw_a, square = coefficients(r, i, x, softplus, is_reset, is_held)
+        a, multiplier, gated, raw_a, square = coefficients(r, i, x, rate, is_reset, is_held)
 
         inside = is_time & is_c
         y = tl.load(y_ptr + t * y_stride_T + c, mask=inside, other=0.0).to(tl.float32)
@@ -358,7 +378,7 @@ def block_backward_kernel(
             dsquare = dgated * i * x / tl.sqrt(tl.maximum(4.0 * square, MIN_4X_IN_SQRT_GRADIENT))
             dlog_a = raw_a * (g * before - 2.0 * raw_a * dsquare)
             dlog_a = tl.where(is_reset | is_held, 0.0, dlog_a) * (-RG_LRU_C * r)
-            dr = dlog_a * softplus * (1.0 - r)
+            dr = dlog_a * rate * (1.0 - r)
             dgates = dgates_ptr + t * D * 2 + (head * d + c)  # head * 2 d + its channel
             tl.store(dgates, dr.to(dgates_ptr.dtype.element_ty), mask=inside)
             tl.store(dgates + d, di.to(dgates_ptr.dtype.element_ty), mask=inside)
@@ -410,7 +430,8 @@ def conv_backward_kernel(
 ):  # fmt: skip
     """du (B, T, D), dcontext (B, K - 1, D), and sums over each segment's time, (B, S, K + 1, D): dweight, then dbias.
 
-    The first two with rows of D numbers, one behind the other. SUMS is K + 1 rounded up to a power of 2. Time begins at -(K - 1), with the context.
+    The first two with rows of D numbers, one behind the other. SUMS is K + 1 rounded up to a power of 2. Time begins at
+    -(K - 1), with the context.
     """
     block, b = own_row(tl.cdiv(D, CHANNELS))
     channel, segment = block * CHANNELS + tl.arange(0, CHANNELS), tl.program_id(1)
@@ -446,14 +467,6 @@ def conv_backward_kernel(
             tl.store(dcontext_ptr + b * dcontext_stride_B + (s + K - 1) * D + c, du, mask=(s < 0) & is_c)
     out = sums_ptr + ((b * S + segment) * (K + 1) + sum_row) * D + c
     tl.store(out, sums, mask=(sum_row <= K) & is_c)
-
-
-@triton.jit
-def softplus(x):
-    """log(1 + exp(x)) of float32. Where exp(x) is small, what it loses by rounding in 1 + exp(x) is made good."""
-    z = tl.exp(-tl.abs(x))
-    one_and = 1.0 + z
-    return tl.maximum(x, 0.0) + tl.where(one_and == 1.0, z, tl.log(one_and) * (z / tl.maximum(one_and - 1.0, 1e-30)))
 
 
 @triton.jit
@@ -639,7 +652,7 @@ def _plan(block: _Block, tiles: tuple[Tile, Tile]) -> _Plan:
     tile = tiles[block.u_BTD.dtype == torch.float32]
     channels = min(tile.channels, padded(d))
     blocks = -(-d // channels)
-    S, steps = segments(B * (D // d) * blocks, T, tile.time)
+    S, steps = segments(max(1, B * (D // d) * blocks), T, tile.time)
     constants = {
         "HEAD": padded(d),
         "CHUNK": min(CHUNK, padded(d)),
@@ -742,12 +755,10 @@ def _block_gradients(
     dconv_HNd.baddbmm_(dgates_HNe, weights_Hed)
     du, context = allocate(dy.shape, dy.dtype, dy.device), block.context_BCD
     dcontext = None if context is None else allocate(tuple(context.shape), dy.dtype, dy.device)
-    *dconv_weight, dconv_bias = _launch_conv_backward(
-        dconv, block.u_BTD, context, block.reach_BTK, block.conv_weight_KD, du, dcontext
-    )
+    sums_KD = _launch_conv_backward(dconv, block.u_BTD, context, block.reach_BTK, block.conv_weight_KD, du, dcontext)
     da_weight, dx_weight = dweights_Hde.split(d, dim=2)
     dsoftplus, da_bias, dx_bias = sums_3D
-    parameters = (torch.stack(dconv_weight), dconv_bias, da_weight, da_bias, dx_weight, dx_bias, dsoftplus)
+    parameters = (sums_KD[:-1], sums_KD[-1], da_weight, da_bias, dx_weight, dx_bias, dsoftplus)
     return du, dy, dcontext, dh0_BD, parameters
 
 
@@ -942,9 +953,7 @@ def conv_backward(
 
 
 @conv_backward.register_fake
-def _(
-    dout_BTD: Tensor, full_BFD: Tensor, reach_BTK: Tensor | None, weight_KD: Tensor
-) -> tuple[Tensor, Tensor]:
+def _(dout_BTD: Tensor, full_BFD: Tensor, reach_BTK: Tensor | None, weight_KD: Tensor) -> tuple[Tensor, Tensor]:
     K, D = weight_KD.shape
     dfull_BFD = torch.empty(full_BFD.shape, dtype=full_BFD.dtype, device=full_BFD.device)
     return dfull_BFD, torch.empty((K + 1, D), dtype=torch.float32, device=full_BFD.device)

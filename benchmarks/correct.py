@@ -18,7 +18,14 @@ from torch import nn
 from transformers import AutoModelForCausalLM, CompileConfig
 
 from recurrent_gemma_hf import RecurrentGemmaCache, RecurrentGemmaForCausalLM, demo_checkpoint
-from recurrent_gemma_hf.linear_recurrence import available_backends, linear_recurrence, resolve_backend
+from recurrent_gemma_hf.linear_recurrence import (
+    available_backends,
+    linear_recurrence,
+    resolve_backend,
+    triton_refusal,
+)
+from recurrent_gemma_hf.modeling_recurrent_gemma import CausalConv1d
+from recurrent_gemma_hf.recurrent_block import causal_conv1d
 
 LIMITS = {torch.float32: 1e-4, torch.bfloat16: 4e-2}  # relative, in norm
 
@@ -57,6 +64,33 @@ def scans(device: torch.device) -> list[tuple[str, Callable[[], tuple[float, flo
 
                 claims.append((f"scan {backend} {dtype} {shape}", claim))
     return claims
+
+
+def convolutions(device: torch.device) -> list[tuple[str, Callable[[], tuple[float, float]]]]:
+    """By itself, as where the block is not fused; with its gradients."""
+    refusal = triton_refusal(device)
+    if refusal is not None:
+        print(f"convolution: triton {refusal}")
+        return []
+
+    def claim(dtype: torch.dtype, shape: tuple[int, int, int]) -> tuple[float, float]:
+        inputs = [
+            tensor.to(dtype) for tensor in (torch.randn(shape), torch.randn(shape[2], 1, 4), torch.randn(shape[2]))
+        ]
+        reach = (torch.rand(1, shape[1] - 3, 4) < 0.8).to(dtype)
+        results = []
+        for where, kind, function in ((device, dtype, causal_conv1d), ("cpu", torch.float64, CausalConv1d.apply)):
+            mine = [tensor.to(where, kind).detach().clone().requires_grad_() for tensor in inputs]
+            out = function(*mine, reach.to(where, kind))
+            out.double().square().sum().backward()
+            results.append([out, *(tensor.grad for tensor in mine)])
+        return max(off(*pair) for pair in zip(*results, strict=True)), LIMITS[dtype] / 4
+
+    return [
+        (f"convolution {dtype} {shape}", lambda d=dtype, s=shape: claim(d, s))
+        for dtype in LIMITS
+        for shape in ((1, 4, 7), (2, 260, 100), (3, 1003, 256))
+    ]
 
 
 def models(device: torch.device) -> list[tuple[str, Callable[[], tuple[float, float]]]]:
@@ -152,7 +186,7 @@ def main() -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
     failed = 0
     with recorded(f"correct_{args.device.type}", ["claim", "deviation", "limit", "holds"]) as add:
-        for kind in (scans, models, generation, official):
+        for kind in (scans, convolutions, models, generation, official):
             for claim, check in kind(args.device):
                 row: dict[str, object] = {"claim": claim}
                 try:

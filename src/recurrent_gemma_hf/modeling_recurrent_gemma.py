@@ -569,10 +569,10 @@ class RecurrentGemmaConv1d(nn.Conv1d):
         if inside is not None:
             return inside(self.weight, self.bias)
         # By a kernel wherever the scan is one, except for a single step of decoding, which is less than its launch.
-        scan_dtype = torch.promote_types(input.dtype, torch.float32)
-        is_step = input.shape[1] == self.weight.shape[2]
-        if not is_step and resolve_backend(scan_backend(), input.device, scan_dtype) == "triton":
-            return causal_conv1d(input, self.weight, self.bias, reach)
+        if input.shape[1] != self.weight.shape[2]:
+            scan_dtype = torch.promote_types(input.dtype, torch.float32)
+            if resolve_backend(scan_backend(), input.device, scan_dtype) == "triton":
+                return causal_conv1d(input, self.weight, self.bias, reach)
         weight, bias = self.weight.to(input.dtype), self.bias.to(input.dtype)
         return _differentiable(CausalConv1d)(input, weight, bias, reach)
 

@@ -49,9 +49,9 @@ def set_backend(name: str) -> None:
     """Ask for an implementation of all recurrent blocks of this process: "triton", "portable", or "auto" (the default).
 
     "auto" takes Triton's kernels on a GPU that suits them (NVIDIA from Hopper on, AMD, Intel), and the portable code
-    everywhere else, there with the scan alone by Triton where it runs. A backend asked
-    for by name that cannot serve a model, its device or dtype raises ValueError when the model runs. A compiled model
-    keeps what it was compiled with.
+    everywhere else, there with scan and convolution alone by Triton where they run. A backend asked for by name that
+    cannot serve a model, its device or dtype raises ValueError when the model runs. A compiled model keeps what it was
+    compiled with.
 
     Raises:
         ValueError: no such backend.

@@ -1,8 +1,11 @@
 """The operators that touch a request's state, against a loop over each sequence."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+from recurrent_gemma_hf import vllm_model
 from recurrent_gemma_hf.vllm_model import conv1d_decode, conv1d_varlen
 
 D, ROWS = 6, 9
@@ -54,3 +57,21 @@ def test_one_more_token_of_each(conv: tuple[torch.Tensor, torch.Tensor, torch.Te
         expected_pool[row, :context] = last
     torch.testing.assert_close(conv1d_decode(x, weight, bias, pool, rows), torch.cat(expected))
     torch.testing.assert_close(pool, expected_pool)
+
+
+def test_a_new_request_reads_nothing_of_its_row(monkeypatch: pytest.MonkeyPatch):
+    """Not even with the coefficient 0 of its first token: 0 * NaN is NaN."""
+    pools = SimpleNamespace(
+        decodes=0, prompt_tokens=3, tokens=3, state_PD=torch.full((ROWS, D), torch.nan), rows=torch.tensor([4]),
+        cu_seqlens=torch.tensor([0, 3], dtype=torch.int32), has_state=torch.tensor([False]),
+    )  # fmt: skip
+    monkeypatch.setattr(vllm_model, "_pools", lambda layer_name: (None, pools))
+    x, a = torch.randn(3, D), torch.rand(3, D)
+    a[0] = 0
+    out = torch.empty(3, D)
+    vllm_model._rg_lru(x, a, out, "any")
+    expected = [x[0]]
+    for t in (1, 2):
+        expected.append(a[t] * expected[-1] + x[t])
+    torch.testing.assert_close(out, torch.stack(expected))
+    torch.testing.assert_close(pools.state_PD[4], expected[-1])

@@ -6,8 +6,6 @@ import pytest
 from conftest import Oracle, engine, greedy, metric, prompts
 
 TOKENS = 12
-
-
 CORES = sorted(os.sched_getaffinity(0))
 pytestmark = pytest.mark.skipif(len(CORES) < 2, reason="vLLM wants a core for each of two processes")
 

@@ -49,7 +49,10 @@ def synthetic(
         int | None, typer.Option(help="Tokens of a training sequence; the task's own by default.")
     ] = None,
     shortest: Annotated[
-        int | None, typer.Option(help="Draw the length of each batch from this to --length; --length by default.")
+        int | None,
+        typer.Option(
+            help="Draw the length of each batch from this to --length, evenly over octaves; --length by default."
+        ),
     ] = None,
     window: Annotated[int | None, typer.Option(help="Attention window; half of --length by default.")] = None,
     width: Annotated[int, typer.Option(help="Width of the models; 64 is 0.26 million parameters, 128 is 1.0.")] = 64,

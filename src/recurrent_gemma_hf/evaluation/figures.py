@@ -54,9 +54,9 @@ def _draw_learning(axes: Axes, records: list[dict[str, Any]], task: str) -> None
     for architecture, runs in _by_architecture(records).items():
         for number, run in enumerate(runs):
             steps = [0, *(row["step"] for row in run["curve"])]
-            solved = [0.0, *(row["tokens"] for row in run["curve"])]
+            right = [0.0, *(row["tokens"] for row in run["curve"])]
             label = f"{architecture}, seeds: {len(runs)}" if number == 0 else None
-            axes.plot(steps, solved, color=COLOURS.get(architecture), alpha=0.8, label=label)
+            axes.plot(steps, right, color=COLOURS.get(architecture), alpha=0.8, label=label)
     axes.set(title=f"{task}: learning", xlabel="step", ylabel="answer tokens right", ylim=(-0.03, 1.03))
     axes.grid(alpha=0.3)
 
@@ -64,10 +64,10 @@ def _draw_learning(axes: Axes, records: list[dict[str, Any]], task: str) -> None
 def _draw_lengths(axes: Axes, records: list[dict[str, Any]], task: str) -> None:
     for architecture, runs in _by_architecture(records).items():
         lengths = [cell["length"] for cell in runs[0]["accuracy"] if cell["depth"] is None]
-        solved = np.array([[c["tokens"] for c in run["accuracy"] if c["depth"] is None] for run in runs])
+        right = np.array([[c["tokens"] for c in run["accuracy"] if c["depth"] is None] for run in runs])
         colour = COLOURS.get(architecture)
-        axes.plot(lengths, solved.mean(0), marker="o", color=colour)
-        axes.fill_between(lengths, solved.min(0), solved.max(0), color=colour, alpha=0.15)
+        axes.plot(lengths, right.mean(0), marker="o", color=colour)
+        axes.fill_between(lengths, right.min(0), right.max(0), color=colour, alpha=0.15)
     settings = records[0]["settings"]
     axes.axvline(settings["length"], color="grey", linestyle="--", linewidth=1)
     axes.axvline(settings["window"], color="grey", linestyle=":", linewidth=1)

@@ -103,5 +103,6 @@ def draw_throughput(records: list[dict[str, Any]], path: Path) -> None:
     memory.set(xlabel="tokens so far", ylabel="state, MB", ylim=(0, None))
     speed.legend(fontsize=8)
     for axes in (speed, memory):
+        axes.locator_params(axis="x", nbins=5)
         axes.grid(alpha=0.3)
     save(figure, path)

@@ -6,9 +6,10 @@
 
 The floor of a step is the time to read every weight once and the state of every row, at the bandwidth that the fastest
 read in the same run reached. Peers take turns, so that a disturbance of the machine meets all of them. A CPU's memory
-may be shared with other machines and twice as fast a minute later: there the share of the floor is the median of the
-turns, each beside a read of its own. A peer named after --float32 runs in float32, whatever --dtype and --weights say
-of the others. In-tree and ours (compiled or not) share their weights in memory where they have the same.
+may be shared with other machines and twice as fast a second later: there every step has a read of half a gigabyte
+after it, and the share of the floor is the median of the steps. A peer named after --float32 runs in float32, whatever
+--dtype and --weights say of the others. In-tree and ours (compiled or not) share their weights in memory where they
+have the same.
 """
 
 from __future__ import annotations
@@ -126,22 +127,33 @@ class Decoding:
             attempt(self.row(name, context), start, self.refused)
         return steps
 
+    def turn(self, name: str, step: Callable[[], None], read_bytes: int) -> tuple[float, list[float]]:
+        """Milliseconds per token of one turn, and the shares of the floor in it: of every token on a CPU."""
+        clock = Clock(torch.device("cpu")) if self.made[name].jits else self.clock
+        if self.args.device.type != "cpu":
+
+            def several() -> None:
+                for _ in range(self.args.tokens):
+                    step()
+
+            ms = clock.ms(several, repeats=1, warmup=0) / self.args.tokens
+            return ms, [read_bytes / self.limits.read * 1e3 / ms]
+        steps, shares = [], []
+        for _ in range(self.args.tokens):
+            steps.append(clock.ms(step, repeats=1, warmup=0))
+            read = self.limits.read_once()
+            self.limits.read = max(self.limits.read, read)
+            shares.append(read_bytes / read * 1e3 / steps[-1])
+        return statistics.mean(steps), shares
+
     def measure(self, context: int) -> None:
         steps, best = self.started(context), {}
         shares: dict[str, list[float]] = {name: [] for name in steps}
         for _ in range(self.args.repeats):
             for name, step in steps.items():
-                clock = Clock(torch.device("cpu")) if self.made[name].jits else self.clock
-
-                def several(step: Callable[[], None] = step) -> None:
-                    for _ in range(self.args.tokens):
-                        step()
-
-                ms = clock.ms(several, repeats=1, warmup=0) / self.args.tokens
+                ms, turn = self.turn(name, step, self.read_bytes(self.made[name], context))
                 best[name] = min(best.get(name, math.inf), ms)
-                read = self.limits.read_now() if self.args.device.type == "cpu" else self.limits.read
-                self.limits.read = max(self.limits.read, read)
-                shares[name].append(self.read_bytes(self.made[name], context) / read * 1e3 / ms)
+                shares[name] += turn
         for name, ms in best.items():
             floor = self.read_bytes(self.made[name], context) / self.limits.read * 1e3
             speed = {"ms": ms, "tokens/s": self.args.batch / ms * 1e3, "floor ms": floor}

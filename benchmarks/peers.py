@@ -143,15 +143,15 @@ class Limits:
         columns = min(4096, self.elements)
         return torch.randn(self.elements // columns, columns, device=self.device)
 
-    def read_now(self) -> float:
-        """Bytes per second that a sum or a matrix-vector product reads, whichever is faster: decoding's limit."""
-        matrix, vector = self._matrix, torch.ones(self._matrix.shape[1], device=self.device)
-        return 4 * self.elements / min(self._ms(matrix.sum), self._ms(lambda: torch.mv(matrix, vector))) * 1e3
+    def read_once(self) -> float:
+        """Bytes per second of a sum, as fast as the memory is at this moment."""
+        return 4 * self.elements / Clock(self.device).ms(self._matrix.sum, repeats=1, warmup=0) * 1e3
 
     @cached_property
     def read(self) -> float:
-        """`read_now`, measured once."""
-        return self.read_now()
+        """Bytes per second that a sum or a matrix-vector product reads, whichever is faster: decoding's limit."""
+        matrix, vector = self._matrix, torch.ones(self._matrix.shape[1], device=self.device)
+        return 4 * self.elements / min(self._ms(matrix.sum), self._ms(lambda: torch.mv(matrix, vector))) * 1e3
 
     @cached_property
     def flops(self) -> float:

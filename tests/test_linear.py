@@ -1,11 +1,13 @@
 """Projections: every kernel they may take computes nn.Linear, and the switch that one of them turns is turned back."""
 
+import re
 import shutil
 import threading
 
 import pytest
 import torch
 from torch import nn
+from torch._inductor.utils import run_and_get_code
 from torch.nn import functional as F
 
 import recurrent_gemma_hf.modeling_recurrent_gemma as modeling
@@ -135,12 +137,43 @@ def test_threads_share_the_switch():
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
 @pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("inputs", [80, 81])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_compiled_by_inductor(dtype: torch.dtype, bias: bool):
-    """Which has no code for oneDNN's product of a weight that may change."""
-    layer, x = layer_and_input(dtype, (1, 1, 80), bias=bias)
+def test_compiled_by_inductor(dtype: torch.dtype, inputs: int, bias: bool):
+    """Which has no code for oneDNN's product of a weight that may change. Two values of bfloat16 are read as one word,
+    where the row has an even number of them."""
+    layer, x = layer_and_input(dtype, (1, 1, inputs), bias=bias)
+    torch.compiler.reset()  # it counts how often it compiled the function
     with torch.no_grad():
         assert_near_float64(layer, x, torch.compile(_projected, fullgraph=True)(layer, x))
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
+def test_compiled_with_a_weight_that_stands_by_columns():
+    layer, x = layer_and_input(torch.bfloat16, (1, 1, 80))
+    layer.weight = nn.Parameter(layer.weight.t().contiguous().t())
+    torch.compiler.reset()
+    with torch.no_grad():
+        assert_near_float64(layer, x, torch.compile(_projected, fullgraph=True)(layer, x))
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
+@pytest.mark.parametrize("inputs", [80, 7680, 4099])
+def test_compiled_row_is_computed_once(inputs: int):
+    """And not again for every row of the weight, in the loop of the product; which has the fast sum where it can."""
+    layer, x = layer_and_input(torch.float32, (1, 1, 2 * inputs))
+    layer.weight = nn.Parameter(layer.weight[:, :inputs].contiguous())
+    x = x[..., ::2]  # a row that is not contiguous
+    compiled = torch.compile(lambda layer, x: _projected(layer, torch.sin(x)), fullgraph=True)
+    with torch.no_grad():
+        out, (code,) = run_and_get_code(compiled, layer, x)
+        assert_near_float64(layer, torch.sin(x), out)
+    code = code[code.index('extern "C"') :]
+    loops = [loop for loop in re.split(r"\bfor *\(", code) if "tmp_acc0" in loop]
+    assert "sin(" in code
+    assert loops
+    assert not any("sin(" in loop for loop in loops)
+    assert ("cascade_sum_combine" in code) == (inputs == 4099)
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,13 @@
 """Weight-only quantization by torchao: what is converted, that it generates, survives the disk and stays accurate."""
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from torch._inductor.utils import run_and_get_code
 from torch.nn import functional as F
 from torchao.prototype.quantization.int4.inference_workflow import PrototypeInt4WeightOnlyConfig
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
@@ -98,6 +100,25 @@ def test_int8_product(monkeypatch, rows: int, bias: bool):
         monkeypatch.setattr(modeling, "_int8_linear", lambda *_: "taken")
         taken = _projected(layer, x)
     assert isinstance(taken, str) == (rows <= FEW_INT8_ROWS and modeling.HAS_ONEDNN)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("inputs", [80, 82])
+def test_int8_product_compiled(inputs: int, dtype: torch.dtype):
+    """A loop of Inductor's own, which reads four values as one word where their number allows it."""
+    layer = nn.Linear(inputs, 136).to(dtype)
+    quantize_(layer, Int8WeightOnlyConfig())
+    x = torch.randn(1, 1, inputs).to(dtype)
+    expected = F.linear(x.double(), layer.weight.dequantize().double(), layer.bias.double())
+    torch.compiler.reset()  # it counts how often it compiled the function
+    with torch.no_grad():
+        out, (code,) = run_and_get_code(torch.compile(_projected, fullgraph=True), layer, x)
+    assert out.dtype == dtype
+    assert out.shape == expected.shape
+    assert (out.double() - expected).norm() <= {torch.float32: 2e-6, torch.bfloat16: 5e-3}[dtype] * expected.norm()
+    assert "extern_kernels.mm" not in code
+    assert "int8pack" not in code
 
 
 def test_int4_at_widths_its_kernel_takes(tmp_path):

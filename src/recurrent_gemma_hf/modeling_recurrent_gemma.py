@@ -14,6 +14,7 @@ State lives in the cache alone (RecurrentGemmaCache, or Transformers' DynamicCac
 from __future__ import annotations
 
 import math
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -139,14 +140,12 @@ def _fast_linear(x: torch.Tensor, weight: Any, bias: torch.Tensor | None) -> tor
     if rows > FEW_ROWS or dtype != weight.dtype or torch.is_autocast_enabled("cpu"):
         return None
     if torch.compiler.is_compiling():
-        is_plain = type(weight) is nn.Parameter and dtype in (torch.float32, torch.bfloat16)
-        is_for_inductor = rows == 1 and is_plain and not torch.compiler.is_exporting()
-        return _row_times_weight(x, weight, bias) if is_for_inductor else None
+        return _row_times_weight(x, weight, bias) if rows == 1 and not torch.compiler.is_exporting() else None
     if not HAS_ONEDNN:
         return None
     if type(weight) is not nn.Parameter:
-        is_for_kernel = dtype == torch.bfloat16 and rows <= FEW_INT8_ROWS and _is_int8_by_row(weight)
-        return _int8_linear(x, weight, bias) if is_for_kernel else None
+        is_for_kernel = dtype == torch.bfloat16 and rows <= FEW_INT8_ROWS and x.shape[-1] % 4 == 0
+        return _int8_linear(x, weight, bias) if is_for_kernel and _is_int8_by_row(weight) else None
     if dtype == torch.float32:
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     if dtype == torch.bfloat16 and rows == 1:
@@ -155,11 +154,46 @@ def _fast_linear(x: torch.Tensor, weight: Any, bias: torch.Tensor | None) -> tor
     return None
 
 
-def _row_times_weight(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """The product of one row as Inductor wants it: it calls MKL or oneDNN for anything that is written as a product."""
-    out = (weight.float() * x.reshape(-1).float()).sum(-1)
+def _row_times_weight(x: torch.Tensor, weight: Any, bias: torch.Tensor | None) -> torch.Tensor | None:
+    """The product of one row as Inductor wants it: it calls MKL or oneDNN for anything that is written as a product.
+
+    What makes the row (a normalisation) would go into the loop, and be computed again for every row of the weight: the
+    strided views make Inductor store it first. Sums of more than 4096 terms get a slower loop, so long ones are cut.
+    """
+    if type(weight) is nn.Parameter and weight.dtype in (torch.float32, torch.bfloat16):
+        values, scale = weight, None
+    elif _is_int8_by_row(weight):
+        values, scale = weight.qdata, weight.scale.flatten().float()
+    else:
+        return None
+    parts, unit = _float32_parts(values)
+    inputs = parts[0].shape[1]
+    pieces = next((n for n in range(1, 9) if inputs % n == 0 and inputs // n <= 4096), 1)
+    row = x.reshape(-1).float()
+    shares = (row[i :: len(parts)].contiguous().as_strided((inputs,), (1,)) for i in range(len(parts)))
+    products = [
+        part.view(-1, pieces, inputs // pieces) * share.view(pieces, -1)
+        for part, share in zip(parts, shares, strict=True)
+    ]
+    out = sum(products[1:], products[0]).sum(-1).sum(-1)
+    out = out if scale is None else out * (scale * unit)
     out = out if bias is None else out + bias
     return out.to(x.dtype).view(*x.shape[:-1], -1)
+
+
+def _float32_parts(values_NK: torch.Tensor) -> tuple[list[torch.Tensor], float]:
+    """[values[:, i::n] / unit for i < n] in float32 and the unit, the n values that share 32 bits told apart by shifts:
+    n is 2 for bfloat16, the upper half of a float32, and 4 for int8. Conversions one by one are slower."""
+    n = 4 // values_NK.itemsize
+    in_words = values_NK.shape[1] % n == 0 and values_NK.is_contiguous() and sys.byteorder == "little"
+    if n == 1 or not in_words:
+        return [values_NK.float()], 1.0
+    bits = 32 // n
+    words = values_NK.view(torch.int32)
+    parts = [(words << (32 - bits * (i + 1))) & -(1 << (32 - bits)) for i in range(n)]
+    if values_NK.dtype.is_floating_point:
+        return [part.view(torch.float32) for part in parts], 1.0
+    return [part.float() for part in parts], 2.0 ** (bits - 32)
 
 
 def _int8_linear(x: torch.Tensor, weight: Any, bias: torch.Tensor | None) -> torch.Tensor:
@@ -171,7 +205,7 @@ def _int8_linear(x: torch.Tensor, weight: Any, bias: torch.Tensor | None) -> tor
 
 def _is_int8_by_row(weight: Any) -> bool:
     """Whether these are torchao's int8 weights with one scale per row, and nothing done to the activations."""
-    if type(weight).__name__ != "Int8Tensor" or weight.qdata.shape[1] % 4:
+    if type(weight).__name__ != "Int8Tensor":
         return False
     by_row = weight.scale.numel() == weight.shape[0]
     return by_row and weight.act_quant_kwargs is None and weight.act_pre_scale is None

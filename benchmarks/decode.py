@@ -129,8 +129,8 @@ class Decoding:
 
     def turn(self, name: str, step: Callable[[], None], read_bytes: int) -> tuple[float, list[float]]:
         """Milliseconds per token of one turn, and the shares of the floor in it: of every token on a CPU."""
-        clock = Clock(torch.device("cpu")) if self.made[name].jits else self.clock
         if self.args.device.type != "cpu":
+            clock = Clock(torch.device("cpu")) if self.made[name].jits else self.clock
 
             def several() -> None:
                 for _ in range(self.args.tokens):
@@ -140,7 +140,7 @@ class Decoding:
             return ms, [read_bytes / self.limits.read * 1e3 / ms]
         steps, shares = [], []
         for _ in range(self.args.tokens):
-            steps.append(clock.ms(step, repeats=1, warmup=0))
+            steps.append(self.clock.ms(step, repeats=1, warmup=0))
             read = self.limits.read_once()
             self.limits.read = max(self.limits.read, read)
             shares.append(read_bytes / read * 1e3 / steps[-1])
@@ -149,13 +149,14 @@ class Decoding:
     def measure(self, context: int) -> None:
         steps, best = self.started(context), {}
         shares: dict[str, list[float]] = {name: [] for name in steps}
+        read_bytes = {name: self.read_bytes(self.made[name], context) for name in steps}
         for _ in range(self.args.repeats):
             for name, step in steps.items():
-                ms, turn = self.turn(name, step, self.read_bytes(self.made[name], context))
+                ms, turn = self.turn(name, step, read_bytes[name])
                 best[name] = min(best.get(name, math.inf), ms)
                 shares[name] += turn
         for name, ms in best.items():
-            floor = self.read_bytes(self.made[name], context) / self.limits.read * 1e3
+            floor = read_bytes[name] / self.limits.read * 1e3
             speed = {"ms": ms, "tokens/s": self.args.batch / ms * 1e3, "floor ms": floor}
             speed["share of floor"] = statistics.median(shares[name])
             self.add({**self.row(name, context), **speed, "peak GB": peak_gb(), **self.limits.row()})

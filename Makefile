@@ -5,10 +5,13 @@ PYTHON ?= python3
 # One process per core is the faster arrangement, so each of them gets one thread.
 WORKERS ?= 2
 
-NEWEST := .venv
-OLDEST := .venv-oldest
-VLLM := .venv-vllm
-PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
+# Another interpreter (PYTHON=python3.13) gets environments of its own: .venv-python3.13 and so on.
+OF_PYTHON := $(if $(filter-out python3,$(PYTHON)),-$(notdir $(PYTHON)))
+NEWEST := .venv$(OF_PYTHON)
+OLDEST := .venv-oldest$(OF_PYTHON)
+UNPINNED := .venv-unpinned$(OF_PYTHON)
+VLLM := .venv-vllm$(OF_PYTHON)
+PIP := -m pip --quiet --disable-pip-version-check
 PYTEST := -m pytest --numprocesses $(WORKERS)
 SOURCES := $(shell find src -name __pycache__ -prune -o -print)
 
@@ -16,7 +19,7 @@ export OMP_NUM_THREADS ?= 1
 # No test and no demo reads anything from the Hub.
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test lint format test-newest test-oldest test-vllm clean
+.PHONY: demo test lint format test-newest test-oldest test-unpinned test-vllm clean
 
 demo: $(NEWEST)/installed
 	$(NEWEST)/bin/recurrent-gemma generate "ROMEO:" --max-new-tokens 200 --seed 0
@@ -41,6 +44,24 @@ SAME_ON_EVERY_TRANSFORMERS := linear_recurrence linear_recurrence_triton recurre
 test-oldest: $(OLDEST)/installed-wheel
 	$(OLDEST)/bin/python $(PYTEST) $(SAME_ON_EVERY_TRANSFORMERS:%=--ignore tests/test_%.py)
 
+# What a user gets from pip today: the wheel with its declared dependencies and no constraints, so with the newest releases
+# of Transformers and torch (its CUDA build on Linux, some 5 GB). Whatever was released since the last run is installed
+# first. A slice of the tests, about three minutes; `make test` runs all of them. The official code is their oracle: without
+# its dependencies, which would hold numpy back, and with what it imports.
+FIRST_DAY := fresh_install transformers_compat generation cache hub cli modeling compiled_step linear_recurrence readme
+test-unpinned:
+	@echo "setting up $(UNPINNED): the wheel and what pip resolves for it today"
+	@$(PYTHON) -m venv $(UNPINNED)
+	@rm -rf $(UNPINNED)/wheel
+	@$(UNPINNED)/bin/python $(PIP) wheel --no-deps --wheel-dir $(UNPINNED)/wheel .
+	@$(UNPINNED)/bin/python $(PIP) uninstall --yes recurrent-gemma-hf
+	@$(UNPINNED)/bin/python $(PIP) install --upgrade --upgrade-strategy eager $(UNPINNED)/wheel/*.whl \
+		hypothesis pytest pytest-timeout pytest-xdist absl-py einops flax jax jaxtyping sentencepiece "typeguard<3"
+	@$(UNPINNED)/bin/python $(PIP) install --no-deps recurrentgemma
+	@$(UNPINNED)/bin/python $(PIP) freeze | grep -E "^(torch|transformers|accelerate|huggingface_hub|safetensors)=="
+	$(UNPINNED)/bin/recurrent-gemma generate "ROMEO:" --max-new-tokens 20 --seed 0
+	$(UNPINNED)/bin/python $(PYTEST) $(FIRST_DAY:%=tests/test_%.py)
+
 # Serving on vLLM (docs/serving.md), not part of `make test`: the installation alone takes minutes and 3 GB.
 test-vllm: $(VLLM)/installed
 	$(VLLM)/bin/python -m pytest -c tests/serving/pytest.ini tests/serving
@@ -48,23 +69,23 @@ test-vllm: $(VLLM)/installed
 $(NEWEST)/installed: pyproject.toml constraints.txt
 	@echo "setting up $(NEWEST); later runs reuse it"
 	@$(PYTHON) -m venv $(NEWEST)
-	@$(NEWEST)/bin/python $(PIP_INSTALL) --constraint constraints.txt --editable .
+	@$(NEWEST)/bin/python $(PIP) install --constraint constraints.txt --editable .
 	@touch $@
 
 $(NEWEST)/installed-test: pyproject.toml constraints.txt
 	@echo "setting up $(NEWEST); later runs reuse it"
 	@$(PYTHON) -m venv $(NEWEST)
-	@$(NEWEST)/bin/python $(PIP_INSTALL) --constraint constraints.txt --editable ".[test]"
+	@$(NEWEST)/bin/python $(PIP) install --constraint constraints.txt --editable ".[test]"
 	@touch $(NEWEST)/installed $@
 
 $(OLDEST)/installed-test: pyproject.toml constraints-oldest.txt
 	@echo "setting up $(OLDEST); later runs reuse it"
 	@$(PYTHON) -m venv $(OLDEST)
-	@$(OLDEST)/bin/python $(PIP_INSTALL) --constraint constraints-oldest.txt ".[test]"
+	@$(OLDEST)/bin/python $(PIP) install --constraint constraints-oldest.txt ".[test]"
 	@touch $@
 
 $(OLDEST)/installed-wheel: $(OLDEST)/installed-test README.md LICENSE $(SOURCES)
-	@$(OLDEST)/bin/python $(PIP_INSTALL) --force-reinstall --no-deps .
+	@$(OLDEST)/bin/python $(PIP) install --force-reinstall --no-deps .
 	@touch $@
 
 # constraints-vllm.txt is the whole environment: nothing to resolve, and without the torchvision, torchaudio and
@@ -72,13 +93,13 @@ $(OLDEST)/installed-wheel: $(OLDEST)/installed-test README.md LICENSE $(SOURCES)
 $(VLLM)/requirements: constraints-vllm.txt
 	@echo "setting up $(VLLM); later runs reuse it"
 	@$(PYTHON) -m venv $(VLLM)
-	@$(VLLM)/bin/python $(PIP_INSTALL) --no-deps --requirement constraints-vllm.txt
+	@$(VLLM)/bin/python $(PIP) install --no-deps --requirement constraints-vllm.txt
 	@touch $@
 
 $(VLLM)/installed: $(VLLM)/requirements pyproject.toml
-	@$(VLLM)/bin/python $(PIP_INSTALL) --no-deps --editable .
+	@$(VLLM)/bin/python $(PIP) install --no-deps --editable .
 	@touch $@
 
 clean:
-	rm -rf $(NEWEST) $(OLDEST) $(VLLM) .mypy_cache .pytest_cache .ruff_cache .hypothesis dist
+	rm -rf .venv* .mypy_cache .pytest_cache .ruff_cache .hypothesis dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -146,10 +146,10 @@ def generation(device: torch.device) -> list[tuple[str, Callable[[], tuple[float
             for m in (model, reference):
                 cache = RecurrentGemmaCache(m.config)
                 with torch.no_grad():
-                    m(ids.to(m.device), past_key_values=cache)
+                    m(ids.to(m.device), cache=cache)
                     cache.progress.lengths.fill_(position)
                     cache.progress.columns = position
-                    outs.append(m(ids[:, :1].to(m.device), past_key_values=cache).logits)
+                    outs.append(m(ids[:, :1].to(m.device), cache=cache).logits)
             worst = max(worst, off(*outs))
         return worst, 1e-4
 

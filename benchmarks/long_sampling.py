@@ -20,6 +20,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
 from recurrent_gemma_hf import demo_checkpoint
+from recurrent_gemma_hf.transformers_compat import CACHE_NAME
 
 EVERY = 1000
 FIGURE = Path(__file__).parents[1] / "docs" / "long_sampling.png"
@@ -33,8 +34,8 @@ def sample(model: torch.nn.Module, tokens: int, name: str) -> list[dict[str, flo
     ids, cache = torch.tensor([[2]]), None
     start = time.perf_counter()
     for n in tqdm(range(1, tokens + 1), desc=name, mininterval=5):
-        out = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache = out.past_key_values
+        out = model(input_ids=ids, **{CACHE_NAME: cache}, use_cache=True, logits_to_keep=1)
+        cache = out[CACHE_NAME]
         ids = torch.multinomial(torch.softmax(out.logits[:, -1].float() / 0.8, dim=-1), 1)
         if n % EVERY == 0:
             now = time.perf_counter()

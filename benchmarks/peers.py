@@ -35,6 +35,7 @@ from transformers.models.recurrent_gemma import modeling_recurrent_gemma as in_t
 from transformers.models.recurrent_gemma.configuration_recurrent_gemma import RecurrentGemmaConfig as InTreeConfig
 
 from recurrent_gemma_hf import RecurrentGemmaCache, RecurrentGemmaConfig, RecurrentGemmaForCausalLM
+from recurrent_gemma_hf.transformers_compat import CACHE_NAME
 
 RESULTS = Path(os.environ.get("BENCHMARK_RESULTS", Path(__file__).parent / "results"))
 OUR_NAMES = ("ours", "ours, compiled")
@@ -273,7 +274,7 @@ class HuggingFacePeer(TorchPeer):
 
     @torch.inference_mode()
     def prefill(self, ids_BT: torch.Tensor) -> None:
-        self.model.eval()(input_ids=ids_BT, past_key_values=self.new_cache(), use_cache=True, logits_to_keep=1)
+        self.model.eval()(input_ids=ids_BT, **{CACHE_NAME: self.new_cache()}, use_cache=True, logits_to_keep=1)
 
     def checkpoint(self) -> None:
         """Trains with the activations of each layer recomputed, as the official code does by default."""
@@ -300,12 +301,12 @@ class HuggingFacePeer(TorchPeer):
         return step
 
     def _step(self, ids: torch.Tensor, position: torch.Tensor, cache: Any) -> None:
-        self.model(input_ids=ids, position_ids=position, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        self.model(input_ids=ids, position_ids=position, **{CACHE_NAME: cache}, use_cache=True, logits_to_keep=1)
 
     def _fill(self, cache: Any, batch: int, context: int) -> int:
         """A recurrent model's state is full after a window of tokens; what matters of more is the position."""
         tokens = min(context, self.config.attention_window_size + 1)
-        self.model(input_ids=self.ids(batch, tokens), past_key_values=cache, use_cache=True, logits_to_keep=1)
+        self.model(input_ids=self.ids(batch, tokens), **{CACHE_NAME: cache}, use_cache=True, logits_to_keep=1)
         return context
 
     def cache_bytes(self, context: int) -> int:
@@ -351,7 +352,7 @@ class Ours(RecurrentGemmaPeer):
         return context
 
     def _step(self, ids: torch.Tensor, position: torch.Tensor, cache: Any) -> None:
-        self.model(input_ids=ids, past_key_values=cache, logits_to_keep=1)
+        self.model(input_ids=ids, **{CACHE_NAME: cache}, logits_to_keep=1)
 
 
 class OursCompiled(Ours):
@@ -368,7 +369,7 @@ class OursCompiled(Ours):
     @torch.inference_mode()
     def prefill(self, ids_BT: torch.Tensor) -> None:
         self.model.eval()
-        self._compiled(input_ids=ids_BT, past_key_values=self.new_cache(), use_cache=True, logits_to_keep=1)
+        self._compiled(input_ids=ids_BT, **{CACHE_NAME: self.new_cache()}, use_cache=True, logits_to_keep=1)
 
     def train(self, ids_BT: torch.Tensor) -> None:
         self.model.train()
@@ -377,7 +378,7 @@ class OursCompiled(Ours):
 
     def _step(self, ids: torch.Tensor, position: torch.Tensor, cache: Any) -> None:
         torch.compiler.cudagraph_mark_step_begin()
-        self._compiled_step(input_ids=ids, past_key_values=cache, logits_to_keep=1)
+        self._compiled_step(input_ids=ids, **{CACHE_NAME: cache}, logits_to_keep=1)
 
 
 class InTree(RecurrentGemmaPeer):

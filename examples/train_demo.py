@@ -41,6 +41,7 @@ from transformers import (
 )
 
 from recurrent_gemma_hf import RecurrentGemmaConfig, RecurrentGemmaForCausalLM
+from recurrent_gemma_hf.transformers_compat import CACHE_NAME
 
 PAD, EOS, BOS, UNK = 0, 1, 2, 3  # Gemma's ids of the special tokens
 SPECIAL_TOKENS = ["<pad>", "<eos>", "<bos>", "<unk>"]
@@ -182,8 +183,8 @@ def streamed_loss(model: PreTrainedModel, tokens: torch.Tensor, window: int) -> 
     cache, total = None, 0.0
     for start in range(0, len(tokens), window):
         inputs_BT = stream[None, start : min(start + window, len(tokens))]
-        output = model(input_ids=inputs_BT, past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
+        output = model(input_ids=inputs_BT, **{CACHE_NAME: cache}, use_cache=True)
+        cache = output[CACHE_NAME]
         targets = stream[start + 1 : start + 1 + inputs_BT.shape[1]]
         total += F.cross_entropy(output.logits[0].float(), targets, reduction="sum").item()
     return total / len(tokens)

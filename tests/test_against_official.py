@@ -13,7 +13,8 @@ from collections.abc import Iterable
 import oracles
 import pytest
 import torch
-from oracles import VARIANTS, build, official_torch, official_torch_logits, tiny_config
+from oracles import official_torch, official_torch_logits
+from small_models import VARIANTS, build, tiny_config
 from torch import Tensor, nn
 
 from recurrent_gemma_hf import RecurrentGemmaCache, RecurrentGemmaConfig, RecurrentGemmaForCausalLM

@@ -229,8 +229,9 @@ def test_serve_without_what_it_needs_says_what_to_install(monkeypatch):
 def test_serve_is_that_of_transformers_with_our_model(monkeypatch):
     """tests/serving asks a server; here is what it is told."""
     calls = []
-    monkeypatch.setattr("transformers.utils.import_utils.is_serve_available", lambda: True)
     monkeypatch.setattr("transformers.cli.transformers.app", lambda arguments, prog_name: calls.append(arguments))
+    # Last: what is imported after it takes its word.
+    monkeypatch.setattr("transformers.utils.import_utils.is_serve_available", lambda: True)
     monkeypatch.setattr("transformers.RecurrentGemmaForCausalLM", None)
     succeed("serve", "some/model", "--port", "1", "--help")
     assert calls == [["serve", "some/model", "--port", "1", "--help"]]

@@ -20,6 +20,7 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from small_models import VARIANTS, build, tiny_config
 from test_conversion_tokenizer import train
 from test_upload import REPO, TOKEN, running_hub
 from torch import Tensor
@@ -113,7 +114,7 @@ def assert_same_bits(found: dict, expected: dict) -> None:
 
 @pytest.fixture
 def config() -> RecurrentGemmaConfig:
-    return oracles.tiny_config("wide_lru")
+    return tiny_config("wide_lru")
 
 
 @pytest.fixture
@@ -137,7 +138,7 @@ def left_in(folder: Path) -> set[str]:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_orbax_comes_back_bit_by_bit(tmp_path, shape, dtype):
-    config = oracles.tiny_config(shape)
+    config = tiny_config(shape)
     tree = flax_tree(config, dtype)
     save_orbax(tmp_path / "2b", {"params": tree})
     official_to_hf("jax", tmp_path / "2b", tmp_path / "hf", options_of(config))
@@ -149,7 +150,7 @@ def test_orbax_comes_back_bit_by_bit(tmp_path, shape, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_pt_comes_back_bit_by_bit(tmp_path, shape, dtype):
-    config = oracles.tiny_config(shape)
+    config = tiny_config(shape)
     state = official_state(config, dtype)
     torch.save(state, tmp_path / "2b.pt")
     official_to_hf("torch", tmp_path / "2b.pt", tmp_path / "hf", options_of(config))
@@ -245,7 +246,7 @@ def test_pieces_of_zeros_that_old_orbax_left_out_are_zeros(tmp_path, config):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_converted_model_is_the_official_model(tmp_path, shape, dialect):
     """--verify passes, and the folder loads with the official logits, by the tests' own oracle."""
-    config = oracles.tiny_config(shape)
+    config = tiny_config(shape)
     if dialect == "jax":
         path = save_orbax(tmp_path / "2b", {"params": flax_tree(config, "float32")})
     else:
@@ -356,7 +357,7 @@ def test_shards_and_their_index(tmp_path, config, orbax, monkeypatch):
 
 
 def test_a_saved_copy_of_the_tied_head_is_dropped(tmp_path, config):
-    model = oracles.build(config)
+    model = build(config)
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
     model.config.save_pretrained(tmp_path / "hf")
@@ -373,8 +374,8 @@ def test_a_saved_copy_of_the_tied_head_is_dropped(tmp_path, config):
 
 def test_our_table_is_the_oracles(config):
     """The tests' own mapping was written independently and is checked against gradients."""
-    for shape in oracles.VARIANTS:
-        config = oracles.tiny_config(shape)
+    for shape in VARIANTS:
+        config = tiny_config(shape)
         independent = {entry.official: entry.ours for entry in oracles._entries(config)}
         assert {row.official: row.ours for row in mapping.table(config, "torch")} == independent
 
@@ -416,7 +417,7 @@ def test_a_wrong_mapping_is_caught_by_the_logits(tmp_path, config, orbax, pt, mo
 def test_a_matrix_left_untransposed_is_caught(tmp_path, monkeypatch):
     """Where it is square, by the logits; elsewhere by its shape."""
     monkeypatch.setattr(mapping, "TRANSPOSED", mapping.SAME)
-    square, oblong = oracles.tiny_config(), oracles.tiny_config("wide_lru")
+    square, oblong = tiny_config(), tiny_config("wide_lru")
     for name, config in (("square", square), ("oblong", oblong)):
         save_orbax(tmp_path / name, {"params": flax_tree(config, "float32")})
     with pytest.raises(ConversionError, match=r"wrong shape: blocks.0.recurrent_block.linear_x.kernel is \(48, 80\)"):
@@ -526,14 +527,14 @@ def test_options_override_a_preset():
 
 
 def test_claims_are_checked_against_config_json(tmp_path, config):
-    oracles.build(config).save_pretrained(tmp_path / "hf")
+    build(config).save_pretrained(tmp_path / "hf")
     with pytest.raises(ConversionError, match=r"logits_soft_cap: config.json says 3.0, the option says 30.0"):
         hf_to_official("torch", tmp_path / "hf", tmp_path / "2b.pt", Options(Claims(logits_soft_cap=30.0)))
 
 
 def test_a_model_that_the_official_code_cannot_express_is_refused(tmp_path):
-    config = oracles.tiny_config(num_key_value_heads=2, rope_theta=500.0)
-    oracles.build(config).save_pretrained(tmp_path / "hf")
+    config = tiny_config(num_key_value_heads=2, rope_theta=500.0)
+    build(config).save_pretrained(tmp_path / "hf")
     message = r"no model with num_key_value_heads=2 \(official: 1\), rope_theta=500.0 \(official: 10000.0\)"
     with pytest.raises(ConversionError, match=message):
         hf_to_official("jax", tmp_path / "hf", tmp_path / "2b", Options())
@@ -615,7 +616,7 @@ def test_a_truncated_pt(tmp_path, config, pt):
 
 
 def test_a_truncated_safetensors_file(tmp_path, config):
-    oracles.build(config).save_pretrained(tmp_path / "hf")
+    build(config).save_pretrained(tmp_path / "hf")
     os.truncate(tmp_path / "hf/model.safetensors", 10_000)
     with pytest.raises(ConversionError, match=r"cannot open .*model.safetensors.* copy or download"):
         hf_to_official("torch", tmp_path / "hf", tmp_path / "2b.pt", Options())
@@ -692,7 +693,7 @@ def test_verify_without_the_official_code_or_what_it_needs(tmp_path, config, orb
 @pytest.mark.parametrize("back", [False, True], ids=["to hf", "to .pt"])
 def test_verify_without_the_memory_for_it(tmp_path, config, pt, monkeypatch, no_writing, back):
     """The 2B model takes up to 16 GB: a message beforehand instead of a kill."""
-    model = oracles.build(config)
+    model = build(config)
     model.save_pretrained(tmp_path / "hf")
     needed = verification.BYTES_PER_PARAMETER["torch"] * sum(parameter.numel() for parameter in model.parameters())
     memory = psutil.virtual_memory()._replace(available=needed - 1)
@@ -709,7 +710,7 @@ def test_verify_without_the_memory_for_it(tmp_path, config, pt, monkeypatch, no_
 
 def test_verify_takes_the_numbers_as_they_are_stored(tmp_path, config):
     """A config.json that announces bfloat16 beside float32 weights rounds nothing."""
-    oracles.build(config).save_pretrained(tmp_path / "hf")
+    build(config).save_pretrained(tmp_path / "hf")
     fields = json.loads((tmp_path / "hf/config.json").read_text())
     (tmp_path / "hf/config.json").write_text(json.dumps({**fields, "dtype": "bfloat16"}))
     hf_to_official("torch", tmp_path / "hf", tmp_path / "back.pt", Options(verify=True))
@@ -778,7 +779,7 @@ def run_script(name: str, *arguments, **environment: str) -> subprocess.Complete
 
 def test_the_readme_on_an_archive_laid_out_like_kaggles(tmp_path):
     """`2b-it/` beside `tokenizer.model` becomes a folder that chats; what is wrong is a message, not a traceback."""
-    config = oracles.tiny_config(vocab_size=900)
+    config = tiny_config(vocab_size=900)
     archive = tmp_path / "2b-it"
     ocp.PyTreeCheckpointer().save(archive, flax_tree(config, "float32"))
     tokenizer_model = train(tmp_path / "tokenizer.model")

@@ -16,7 +16,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from oracles import build, official_torch, official_torch_logits, tiny_config
+from oracles import official_torch, official_torch_logits
+from small_models import build, tiny_config
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import (

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import oracles
 import pytest
 import torch
-from oracles import build, official_torch, official_torch_logits, tiny_config
+from oracles import official_torch, official_torch_logits
+from small_models import build, tiny_config
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationMixin, logging
 from transformers.models.recurrent_gemma import configuration_recurrent_gemma as in_tree_configuration

@@ -8,8 +8,8 @@ import sys
 
 import pytest
 import torch
-from oracles import VARIANTS, build, tiny_config
 from peft import LoraConfig, get_peft_model
+from small_models import VARIANTS, build, tiny_config
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import GemmaConfig

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from oracles import tiny_config
+from small_models import tiny_config
 from typer.testing import CliRunner
 
 from recurrent_gemma_hf import RecurrentGemmaConfig

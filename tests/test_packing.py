@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from oracles import VARIANTS, build, tiny_config
+from small_models import VARIANTS, build, tiny_config
 from torch import Tensor
 from transformers import DataCollatorWithFlattening
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from oracles import VARIANTS, build, tiny_config
 from peft import LoraConfig, PeftModel, get_peft_model
+from small_models import VARIANTS, build, tiny_config
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from small_models import build, tiny_config
 
 from recurrent_gemma_hf import RecurrentGemmaCache, RecurrentGemmaForCausalLM, set_backend
 from recurrent_gemma_hf import linear_recurrence_triton as scan_kernels
@@ -295,9 +296,9 @@ def test_a_step_takes_softplus_as_exactly_as_torch(value):
 
 
 def test_the_model_with_kernels_equals_the_official_one():
-    oracles = pytest.importorskip("tests.oracles")
-    config = oracles.tiny_config("wide_lru")
-    model = oracles.build(config)
+    oracles = pytest.importorskip("oracles")
+    config = tiny_config("wide_lru")
+    model = build(config)
     tokens = torch.randint(config.vocab_size, (2, 17))
     official = oracles.official_torch(config, model.state_dict())
     wanted = oracles.official_torch_logits(official, tokens)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from oracles import build, tiny_config
+from small_models import build, tiny_config
 from torch import nn
 from transformers import (
     AutoTokenizer,

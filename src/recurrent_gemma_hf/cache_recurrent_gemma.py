@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionCacheLayerMixin
+from transformers import Cache, CacheLayerMixin
 
 from .configuration_recurrent_gemma import RecurrentGemmaConfig
+from .transformers_compat import LinearAttentionCacheLayerMixin
 
 FORMAT = "recurrent_gemma_cache_v1"
 
@@ -466,6 +467,11 @@ class RecurrentGemmaCache(Cache):
     def slot_ranks(self) -> torch.Tensor:
         """(B, S) int64: which token of its row (counted from 0) the slots of the rings hold; negative if empty."""
         return self.progress.slot_ranks(self.config.attention_window_size + 1)
+
+    @property
+    def is_linear(self) -> list[bool]:
+        """False for each layer: Transformers 5.24 takes True for a layer that cannot tell how much it has read."""
+        return [False] * len(self.layers)
 
     @property
     def batch_size(self) -> int:

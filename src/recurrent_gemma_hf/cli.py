@@ -258,11 +258,10 @@ class _Conversation:
                 torch.tensor([new], device=self.model.device),
                 # The mask of the whole conversation tells generate() that these are the new tokens alone.
                 attention_mask=torch.ones(1, past + len(new), dtype=torch.long, device=self.model.device),
-                past_key_values=self.cache,
+                cache=self.cache,
                 streamer=meter,
                 stopping_criteria=StoppingCriteriaList([interrupted]),
-                # The oldest Transformers that we support can read in chunks only what comes first.
-                prefill_chunk_size=None if past else PREFILL_CHUNK,
+                prefill_chunk_size=PREFILL_CHUNK,
                 **self.settings,
             )
         ends = self.model.generation_config.eos_token_id
@@ -278,7 +277,7 @@ class _Conversation:
         if self.pending:
             with torch.no_grad():
                 pending = torch.tensor([self.pending], device=self.model.device)
-                self.model(pending, past_key_values=self.cache, logits_to_keep=1)
+                self.model(pending, cache=self.cache, logits_to_keep=1)
             self.pending = []
         self.cache.save(path)
 
@@ -585,18 +584,13 @@ def _print_memory(name: str, rows: list[dict[str, Any]], size: str) -> None:
 )
 def serve(context: typer.Context) -> None:
     """Serve over HTTP: `transformers serve`, its arguments and options (try --help), with this package's model."""
-    import transformers
-    from transformers.cli.transformers import app as transformers_app
-    from transformers.utils.import_utils import is_serve_available
-
     from . import RecurrentGemmaForCausalLM
+    from .transformers_compat import transformers_serve
 
-    if not is_serve_available():
-        _fail('what `transformers serve` needs is not installed; run: pip install "transformers[serving]"')
-    # `transformers serve` asks neither the Auto classes nor remote code: it takes the class that the checkpoint names
-    # from the transformers module, where Transformers' own model lies under the same name.
-    transformers.RecurrentGemmaForCausalLM = RecurrentGemmaForCausalLM
-    transformers_app(["serve", *context.args], prog_name="recurrent-gemma")
+    try:
+        transformers_serve(RecurrentGemmaForCausalLM, context.args)
+    except ModuleNotFoundError as error:
+        _fail(str(error))
 
 
 # --- what the commands share ---
@@ -639,8 +633,7 @@ def _load(
 ) -> tuple[RecurrentGemmaForCausalLM, PreTrainedTokenizerBase]:
     """The model, ready on its device, and its tokenizer."""
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
+    from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
     location = _locate(model)
     config = _read_config(location)

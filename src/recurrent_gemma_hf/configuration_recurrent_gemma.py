@@ -9,9 +9,9 @@ import math
 from typing import Any, ClassVar
 
 import torch
-from transformers.activations import ACT2FN
-from transformers.configuration_utils import PreTrainedConfig
-from transformers.generation import GenerationConfig
+from transformers import GenerationConfig, PreTrainedConfig
+
+from .transformers_compat import ACT2FN
 
 BLOCK_TYPES = ("recurrent", "attention")
 GRIFFIN_PATTERN = ("recurrent", "recurrent", "attention")
@@ -207,7 +207,7 @@ class RecurrentGemmaConfig(PreTrainedConfig):
                                  "partial_rotary_factor")  # fmt: skip
 
     def _refuse_unknown(self, kwargs: dict[str, Any]) -> None:
-        generation = GenerationConfig()._get_default_generation_params()
+        generation = GenerationConfig().to_dict()
         unknown = sorted(
             key for key in kwargs if key[0] != "_" and key not in _BOOKKEEPING_KEYS and key not in generation
         )

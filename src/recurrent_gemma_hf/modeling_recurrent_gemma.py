@@ -22,23 +22,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers import Cache, GenerationMixin, GradientCheckpointingLayer, PreTrainedModel, logging
 from transformers import initialization as init
-from transformers.activations import ACT2FN
-from transformers.cache_utils import Cache
-from transformers.generation import GenerationMixin
-from transformers.generation.configuration_utils import GenerationMode
-from transformers.loss.loss_utils import ForCausalLMLoss
-from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import (
-    BaseModelOutputWithPast,
-    CausalLMOutputWithPast,
-    QuestionAnsweringModelOutput,
-    SequenceClassifierOutputWithPast,
-    TokenClassifierOutput,
-)
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
-from transformers.utils import logging
-from transformers.utils.generic import can_return_tuple
 
 from .cache_recurrent_gemma import RecurrentGemmaCache
 from .configuration_recurrent_gemma import RecurrentGemmaConfig
@@ -55,6 +40,23 @@ from .recurrent_block import (
     scan_backend,
 )
 from .tensor_parallel import check_tensor_parallel
+from .transformers_compat import (
+    ACT2FN,
+    ALL_ATTENTION_FUNCTIONS,
+    CACHE_NAME,
+    CONTINUES_IN_CHUNKS,
+    ForCausalLMLoss,
+    GenerationMode,
+    QuestionAnsweringModelOutput,
+    RecurrentGemmaCausalLMOutput,
+    RecurrentGemmaModelOutput,
+    RecurrentGemmaSequenceClassifierOutput,
+    TokenClassifierOutput,
+    can_return_tuple,
+    one_cache,
+    unread_columns,
+    with_both_cache_names,
+)
 
 logger = logging.get_logger(__name__)
 
@@ -715,9 +717,9 @@ class RecurrentGemmaDecoderLayer(GradientCheckpointingLayer):
         self.mlp_block = RecurrentGemmaMLP(config)
 
     def forward(
-        self, x_BTE: torch.Tensor, step: Step, past_key_values: Cache | None = None, **kwargs: Any
+        self, x_BTE: torch.Tensor, step: Step, cache: Cache | None = None, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        mixed, weights = self.temporal_block(self.temporal_pre_norm(x_BTE), step, past_key_values, **kwargs)
+        mixed, weights = self.temporal_block(self.temporal_pre_norm(x_BTE), step, cache, **kwargs)
         x_BTE = x_BTE + mixed
         return x_BTE + self.mlp_block(self.channel_pre_norm(x_BTE)), weights
 
@@ -733,7 +735,7 @@ class RecurrentGemmaPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["RecurrentGemmaDecoderLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["cache", "past_key_values"]
     # Small, and what errors of the recurrence grow from: quantizers leave these alone, and loading in float16 keeps
     # them in float32. Loaded in bfloat16 they stay as the published checkpoints have them.
     _keep_in_fp32_modules = ["rg_lru", "conv_1d", "temporal_pre_norm", "channel_pre_norm", "final_norm"]
@@ -862,14 +864,15 @@ class RecurrentGemmaModel(RecurrentGemmaPreTrainedModel):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | dict[str, torch.Tensor | None] | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         sequence_shard: Any = None,
+        past_key_values: Cache | None = None,
         **kwargs: Any,
-    ) -> BaseModelOutputWithPast:
+    ) -> RecurrentGemmaModelOutput:
         """Runs the stack.
 
         Args:
@@ -879,10 +882,11 @@ class RecurrentGemmaModel(RecurrentGemmaPreTrainedModel):
                 see it).
             position_ids: (B or 1, T) int64 positions in the document; a 0 begins a new document. What
                 DataCollatorWithFlattening gives besides (`cu_seq_lens_q`, `seq_idx`) stands in where they are missing.
-            past_key_values: a cache; made here if `use_cache` asks for one.
+            cache: what came before, best a RecurrentGemmaCache; made here if `use_cache` asks for one.
             inputs_embeds: (B, T, E) rows of the embedding, instead of ids (the model scales them as it does its own).
             use_cache: config.use_cache by default, and never by default while training.
             sequence_shard: which chunk of a longer sequence this is; made by `context_parallel.shard_sequence`.
+            past_key_values: the other name of `cache`.
 
         Returns:
             last_hidden_state (B, T, E), the cache, and on request all hidden states and attention probabilities.
@@ -890,7 +894,8 @@ class RecurrentGemmaModel(RecurrentGemmaPreTrainedModel):
         x = self._embed(input_ids, inputs_embeds)
         B, T = x.shape[:2]
         position_ids = _document_positions(position_ids, kwargs, B, T)
-        cache = self._cache(past_key_values, bool(use_cache) if sequence_shard is not None else use_cache)
+        cache = one_cache(cache, past_key_values)
+        cache = self._cache(cache, bool(use_cache) if sequence_shard is not None else use_cache)
         output_hidden_states = bool(_default(output_hidden_states, self.config.output_hidden_states))
         output_attentions = bool(_default(output_attentions, self.config.output_attentions))
         mask = InputMask.read(attention_mask, cache, B, T)
@@ -925,21 +930,21 @@ class RecurrentGemmaModel(RecurrentGemmaPreTrainedModel):
         output_hidden_states: bool,
         output_attentions: bool,
         **kwargs: Any,
-    ) -> BaseModelOutputWithPast:
+    ) -> RecurrentGemmaModelOutput:
         hidden_states: list[torch.Tensor] = []
         attentions: list[torch.Tensor] = []
         for layer in self.layers:
             if output_hidden_states:
                 hidden_states.append(_unpacked(x, unpack))
-            x, weights = layer(x, step, past_key_values=cache, **kwargs)
+            x, weights = layer(x, step, cache=cache, **kwargs)
             if output_attentions and weights is not None:
                 attentions.append(_unpacked_attention(weights, unpack))
         x = _unpacked(self.final_norm(x), unpack)
-        return BaseModelOutputWithPast(
+        return RecurrentGemmaModelOutput(
             last_hidden_state=x,
-            past_key_values=cache,
             hidden_states=(*hidden_states, x) if output_hidden_states else None,
             attentions=tuple(attentions) if output_attentions else None,
+            **{CACHE_NAME: cache},
         )
 
     def _check(
@@ -1003,19 +1008,13 @@ class RecurrentGemmaModel(RecurrentGemmaPreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
         return inputs_embeds * self.embedding_scale if self.config.embeddings_scale_by_sqrt_dim else inputs_embeds
 
-    def _cache(self, past_key_values: Cache | None, use_cache: bool | None) -> Cache | None:
-        if past_key_values is not None and not isinstance(past_key_values, Cache):
-            raise ValueError(
-                f"past_key_values is a {type(past_key_values).__name__}; it must be a Cache, best a RecurrentGemmaCache"
-            )
+    def _cache(self, cache: Cache | None, use_cache: bool | None) -> Cache | None:
         if self.gradient_checkpointing and self.training:
-            if past_key_values is not None:
+            if cache is not None:
                 raise ValueError("gradient checkpointing would run the cache twice; train without past_key_values")
             return None
         wanted = self.config.use_cache and not self.training if use_cache is None else use_cache
-        if past_key_values is None and wanted:
-            return RecurrentGemmaCache(self.config)
-        return past_key_values
+        return RecurrentGemmaCache(self.config) if cache is None and wanted else cache
 
     def _step(
         self,
@@ -1336,15 +1335,16 @@ class RecurrentGemmaForCausalLM(RecurrentGemmaPreTrainedModel, GenerationMixin):
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | dict[str, torch.Tensor | None] | None = None,
         position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
+        past_key_values: Cache | None = None,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
+    ) -> RecurrentGemmaCausalLMOutput:
         """As `RecurrentGemmaModel.forward`, and:
 
         Args:
@@ -1366,7 +1366,7 @@ class RecurrentGemmaForCausalLM(RecurrentGemmaPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=one_cache(cache, past_key_values),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
@@ -1390,12 +1390,12 @@ class RecurrentGemmaForCausalLM(RecurrentGemmaPreTrainedModel, GenerationMixin):
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         if loss is not None and kwargs.get("sequence_shard") is not None:
             loss = kwargs["sequence_shard"].total(loss)
-        return CausalLMOutputWithPast(
+        return RecurrentGemmaCausalLMOutput(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **{CACHE_NAME: outputs.cache},
         )
 
     def _targets(
@@ -1445,13 +1445,23 @@ class RecurrentGemmaForCausalLM(RecurrentGemmaPreTrainedModel, GenerationMixin):
 
     # --- generate() ---
 
+    def generate(
+        self, *args: Any, cache: Cache | None = None, past_key_values: Cache | None = None, **kwargs: Any
+    ) -> Any:
+        """As in Transformers, the cache under either of its names."""
+        given = one_cache(cache, past_key_values)
+        if given is not None:
+            kwargs[CACHE_NAME] = given
+        return with_both_cache_names(super().generate(*args, **kwargs))
+
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: GenerationMode, *args: Any
     ) -> None:
         """Every `cache_implementation` is a RecurrentGemmaCache: it is dynamic and static at once."""
         if generation_mode == GenerationMode.ASSISTED_GENERATION:
             self._check_speculation(model_kwargs)
-        if model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False:
+        self._check_chunks(generation_config, model_kwargs)
+        if model_kwargs.get(CACHE_NAME) is not None or generation_config.use_cache is False:
             return super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, *args)
         kind = generation_config.cache_implementation or "dynamic"
         if "offloaded" in kind or kind == "quantized":
@@ -1462,12 +1472,29 @@ class RecurrentGemmaForCausalLM(RecurrentGemmaPreTrainedModel, GenerationMixin):
         cache = RecurrentGemmaCache(self.config, static="static" in kind)
         if generation_config.is_assistant:
             cache.activate_past_recording()
-        model_kwargs["past_key_values"] = cache
+        model_kwargs[CACHE_NAME] = cache
         return None
+
+    @staticmethod
+    def _check_chunks(generation_config: Any, model_kwargs: dict[str, Any]) -> None:
+        """Reads at once what follows a cache, where this Transformers cannot go on from one in chunks."""
+        size, cache, mask = (
+            generation_config.prefill_chunk_size,
+            model_kwargs.get(CACHE_NAME),
+            model_kwargs.get("attention_mask"),
+        )
+        if size is None or cache is None or CONTINUES_IN_CHUNKS or not _columns_seen(cache):
+            return
+        if mask is None or mask.shape[1] - _columns_seen(cache) > size:
+            logger.warning_once(
+                f"prefill_chunk_size={size}: this Transformers reads in chunks only what comes first; what follows the "
+                "cache is read at once, which gives the same text and takes more memory. Transformers 5.21 can do it."
+            )
+        generation_config.prefill_chunk_size = None
 
     def _check_speculation(self, model_kwargs: dict[str, Any]) -> None:
         """Drafts stand directly behind the text, and what the model does not confirm is taken back from the cache."""
-        mask, cache = model_kwargs.get("attention_mask"), model_kwargs.get("past_key_values")
+        mask, cache = model_kwargs.get("attention_mask"), model_kwargs.get(CACHE_NAME)
         if mask is not None and mask.ndim == 2 and not mask[:, -1].all():
             raise ValueError(
                 "padding on the right does not go with assisted and prompt-lookup decoding: drafts follow the last "
@@ -1492,17 +1519,22 @@ class RecurrentGemmaForCausalLM(RecurrentGemmaPreTrainedModel, GenerationMixin):
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
+        cache: Cache | None = None,
+        past_key_values: Cache | None = None,
+        next_sequence_length: int | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """As in Transformers; where a prompt is padded on the right, the next token follows its last token."""
-        mask, cache = attention_mask, kwargs.get("past_key_values")
-        if isinstance(cache, RecurrentGemmaCache) and kwargs.get("next_sequence_length") is None and mask is not None:
-            # The whole text came again with a cache that has read its beginning (assisted, in Transformers 5.17).
-            seen = cache.get_seq_length()
-            if seen and mask.shape[1] == input_ids.shape[1] > seen:
-                kwargs["next_sequence_length"] = input_ids.shape[1] - seen
+        mask, cache = attention_mask, one_cache(cache, past_key_values)
+        if isinstance(cache, RecurrentGemmaCache) and next_sequence_length is None:
+            next_sequence_length = unread_columns(cache, input_ids, mask)
         model_inputs = super().prepare_inputs_for_generation(
-            input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            **{CACHE_NAME: cache},
+            **kwargs,
         )
         new = model_inputs["input_ids"] if model_inputs.get("input_ids") is not None else model_inputs["inputs_embeds"]
         T = new.shape[1]
@@ -1518,20 +1550,22 @@ class RecurrentGemmaForCausalLM(RecurrentGemmaPreTrainedModel, GenerationMixin):
         config: RecurrentGemmaConfig,
         inputs_embeds: torch.Tensor,
         attention_mask: torch.Tensor | None,
-        past_key_values: Cache,
+        cache: Cache | None = None,
         position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> dict[str, torch.Tensor | None] | None:
         """What a compiled forward gets instead of the growing 2D mask, so that its shapes stay the same."""
         B, T = inputs_embeds.shape[:2]
-        if isinstance(past_key_values, RecurrentGemmaCache):
+        cache = one_cache(cache, past_key_values)
+        if isinstance(cache, RecurrentGemmaCache):
             return None if attention_mask is None else {"tokens": attention_mask[:, -T:].bool()}
-        mask = InputMask.read(attention_mask, past_key_values, B, T)
+        mask = InputMask.read(attention_mask, cache, B, T)
         if "attention" not in config.layers_block_type:
             return {"tokens": mask.tokens}
         columns = torch.arange(T, device=inputs_embeds.device)[None]
         position = mask.positions(columns) if position_ids is None else position_ids
-        K, offset = past_key_values.get_mask_sizes(T, config.layers_block_type.index("attention"))
+        K, offset = cache.get_mask_sizes(T, config.layers_block_type.index("attention"))
         W = config.attention_window_size
         key = offset + torch.arange(K, device=columns.device)[None]
         visible = AttentionMask(
@@ -1580,7 +1614,7 @@ class RecurrentGemmaForSequenceClassification(RecurrentGemmaPreTrainedModel):
         labels: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         **kwargs: Any,
-    ) -> SequenceClassifierOutputWithPast:
+    ) -> RecurrentGemmaSequenceClassifierOutput:
         """logits (B, num_labels). labels (B,) int64, or float for regression and multi-label problems; padding is
         told by the attention_mask, else by config.pad_token_id. Other arguments as in `RecurrentGemmaModel`."""
         _refuse_shard(kwargs)
@@ -1593,12 +1627,12 @@ class RecurrentGemmaForSequenceClassification(RecurrentGemmaPreTrainedModel):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)
-        return SequenceClassifierOutputWithPast(
+        return RecurrentGemmaSequenceClassifierOutput(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            **{CACHE_NAME: outputs.cache},
         )
 
 

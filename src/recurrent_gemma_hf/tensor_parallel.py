@@ -15,6 +15,7 @@ import torch
 from torch.distributed import is_available as is_distributed_available
 
 from .configuration_recurrent_gemma import RecurrentGemmaConfig
+from .transformers_compat import ALL_PARALLEL_STYLES, TensorParallelLayer
 
 
 def check_tensor_parallel(config: RecurrentGemmaConfig, ranks: int) -> None:
@@ -36,7 +37,6 @@ def check_tensor_parallel(config: RecurrentGemmaConfig, ranks: int) -> None:
 
 def _register_styles() -> None:
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
-    from transformers.integrations.tensor_parallel import ALL_PARALLEL_STYLES, TensorParallelLayer
 
     class LocalParallel(TensorParallelLayer):
         """A module that works on the rank's own tensors, with its parameters cut along their first dimension (D, H, or

@@ -77,7 +77,7 @@ def answer(model: RecurrentGemmaForCausalLM, tokenizer: PreTrainedTokenizerBase,
     new_tokens = len(tokenizer(" " + prompt.answer, add_special_tokens=False)["input_ids"]) + 1
     output = model.generate(
         ids,
-        past_key_values=RecurrentGemmaCache(model.config),
+        cache=RecurrentGemmaCache(model.config),
         prefill_chunk_size=chunk_length(model.config.vocab_size),
         max_new_tokens=new_tokens,
         do_sample=False,

@@ -39,7 +39,7 @@ def streamed_logits(
     for start in range(0, last, step):
         end = min(start + step, last)
         inputs_BC = tokens_BT[:, start:end].to(model.device)
-        logits_BCV = model(inputs_BC, past_key_values=cache).logits
+        logits_BCV = model(inputs_BC, cache=cache).logits
         yield logits_BCV, tokens_BT[:, start + 1 : end + 1].to(model.device)
 
 

@@ -215,8 +215,8 @@ def accuracies(model: RecurrentGemmaForCausalLM, batch: Batch) -> dict[str, floa
         # The last chunk holds all of the answer, however long the sequence.
         cache, context = RecurrentGemmaCache(model.config), inputs_BT.shape[1] - answer
         for start in range(0, context, CHUNK):
-            model(inputs_BT[:, start : min(start + CHUNK, context)], past_key_values=cache, logits_to_keep=1)
-        logits_BTV = model(inputs_BT[:, context:], past_key_values=cache).logits
+            model(inputs_BT[:, start : min(start + CHUNK, context)], cache=cache, logits_to_keep=1)
+        logits_BTV = model(inputs_BT[:, context:], cache=cache).logits
     right_BT = logits_BTV.argmax(-1) == batch.tokens_BT[:, -answer:]
     return {"tokens": right_BT.float().mean().item(), "rows": right_BT.all(dim=1).float().mean().item()}
 

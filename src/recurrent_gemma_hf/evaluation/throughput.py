@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import GemmaConfig, GemmaForCausalLM, PreTrainedModel
-from transformers.cache_utils import Cache
+from transformers import Cache, GemmaConfig, GemmaForCausalLM, PreTrainedModel
 
 from .. import RecurrentGemmaCache, RecurrentGemmaConfig, RecurrentGemmaForCausalLM
+from ..transformers_compat import CACHE_NAME
 from .records import provenance
 from .streaming import chunk_length
 
@@ -78,13 +78,13 @@ def measure(
     step = chunk_length(model.config.vocab_size, batch_size)
     cache, start = None, _now(model)
     for first in range(0, prompt, step):
-        output = model(ids_BT[:, first : first + step], past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache = output.past_key_values
+        output = model(ids_BT[:, first : first + step], use_cache=True, logits_to_keep=1, **{CACHE_NAME: cache})
+        cache = output[CACHE_NAME]
     yield _record(about, prompt, prompt, batch_size, _now(model) - start, cache)
     start = _now(model)
     for written in tqdm(range(1, tokens + 1), desc=label, unit="token"):
         ids_B1 = output.logits[:, -1:].argmax(-1)
-        output = model(ids_B1, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        output = model(ids_B1, use_cache=True, logits_to_keep=1, **{CACHE_NAME: cache})
         if written % every == 0 or written == tokens:
             since = (written - 1) % every + 1
             yield _record(about, prompt + written, since, batch_size, _now(model) - start, cache)

@@ -1,5 +1,7 @@
-"""What people do on the day that they install the package, in a process of its own, with its declared dependencies alone:
-`make test-unpinned` runs this with the releases that pip resolves today."""
+"""What people do on the day that they install the package, in one process, with its declared dependencies alone.
+
+`make test-unpinned` runs this with the releases that pip resolves today.
+"""
 
 import json
 import subprocess
@@ -55,7 +57,11 @@ print(json.dumps({
 def first_day(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, str]:
     """What the script found, and all that was said on stderr meanwhile."""
     done = subprocess.run(
-        [sys.executable, "-c", FIRST_DAY], cwd=tmp_path_factory.mktemp("day"), capture_output=True, text=True, timeout=240
+        [sys.executable, "-c", FIRST_DAY],
+        cwd=tmp_path_factory.mktemp("day"),
+        capture_output=True,
+        text=True,
+        timeout=240,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1]), done.stderr
@@ -72,7 +78,8 @@ def test_the_saved_model_is_ours_and_writes_the_same_in_every_mode(first_day):
     assert found["class"] == "recurrent_gemma_hf.modeling_recurrent_gemma"
     for name, text in found["texts"].items():
         assert text == found["texts"]["trained"], name
-    assert all(text.startswith(prompt) for text, prompt in zip(found["pipeline"], ("ROMEO:", "Good morrow"), strict=True))
+    for text, prompt in zip(found["pipeline"], ("ROMEO:", "Good morrow"), strict=True):
+        assert text.startswith(prompt)
 
 
 def test_nobody_is_warned_of_names_that_only_we_use(first_day):

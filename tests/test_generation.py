@@ -10,7 +10,6 @@ Our models run in float64, so that the path taken through the cache cannot turn 
 
 import copy
 import functools
-import inspect
 import threading
 from collections.abc import Callable
 
@@ -23,7 +22,6 @@ from torch import Tensor
 from transformers import (
     CompileConfig,
     DynamicCache,
-    GenerationMixin,
     PreTrainedTokenizerFast,
     StaticCache,
     TextIteratorStreamer,
@@ -31,12 +29,6 @@ from transformers import (
 )
 
 from recurrent_gemma_hf import RecurrentGemmaCache, RecurrentGemmaConfig, RecurrentGemmaForCausalLM
-
-# Where it does not, our forward refuses the mask that comes with the first chunk; nothing is silently wrong.
-chunks_know_the_cache = pytest.mark.skipif(
-    "prefill_ids" not in inspect.getsource(GenerationMixin._prefill),
-    reason="this Transformers cuts a prompt into chunks as if no cache had read its beginning",
-)
 
 WINDOW = 8
 PROMPT = 11  # longer than the window
@@ -459,7 +451,7 @@ def test_two_texts_at_a_time_from_two_threads():
 # --- Continuing a conversation ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("chunk", [None, pytest.param(3, marks=chunks_know_the_cache)])
+@pytest.mark.parametrize("chunk", [None, 3])
 @pytest.mark.parametrize("variant", ["recurrentgemma", "hawk", "attention_first"])
 def test_conversation(variant: str, chunk: int | None):
     model, text, cache = model_of(variant), prompts(), None

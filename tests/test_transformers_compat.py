@@ -131,10 +131,11 @@ def test_generate_takes_both_names_and_returns_both(tiny_config, said, blocks, o
     if options.get("num_beams"):
         return  # one cache, two beams: there is no one text to go on from
     # Going on from it equals reading everything anew.
+    text = torch.cat([first.sequences, ids], dim=1)
     torch.manual_seed(1)
-    again = model.generate(first.sequences, **{name: cache}, **common)
+    again = model.generate(text, **{name: cache}, **common)
     torch.manual_seed(1)
-    assert torch.equal(again.sequences, model.generate(first.sequences, **common).sequences)
+    assert torch.equal(again.sequences, model.generate(text, **common).sequences)
     chunked = [m for m in said if "prefill_chunk_size=3: this Transformers reads in chunks only what comes first" in m]
     assert said == chunked
     assert bool(chunked) == ("prefill_chunk_size" in options and not transformers_compat.CONTINUES_IN_CHUNKS)

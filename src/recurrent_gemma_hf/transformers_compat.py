@@ -205,7 +205,7 @@ def transformers_serve(model_class: type[PreTrainedModel], arguments: list[str])
             'what `transformers serve` needs is not installed; run: pip install "transformers[serving]"'
         )
     # It asks neither the Auto classes nor remote code: it takes the class that the checkpoint names from the
-    # transformers module, where Transformers' own model lies under the same name. The module is looked up now: importing
+    # transformers module, where Transformers' own model has the same name. The module is looked up now: importing
     # transformers.processing_utils puts a new one in the place of the one that this file was imported with.
     setattr(sys.modules["transformers"], model_class.__name__, model_class)
     app(["serve", *arguments], prog_name="recurrent-gemma")

@@ -14,6 +14,7 @@ What depends on a request's state are two custom operators, the convolution and 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from inspect import unwrap
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -184,9 +185,11 @@ def _rg_lru(x_ND: torch.Tensor, a_ND: torch.Tensor, out_ND: torch.Tensor, layer_
 
 
 _LIBRARY = torch.library.Library("recurrent_gemma_vllm", "FRAGMENT")
-# As types: the operators' schemas cannot be read from the strings of `from __future__ import annotations`.
-_conv1d.__annotations__ = {"x_ND": torch.Tensor, "out_ND": torch.Tensor, "layer_name": str, "return": None}
-_rg_lru.__annotations__ = {"x_ND": torch.Tensor, "a_ND": torch.Tensor, **_conv1d.__annotations__}
+# As types: the operators' schemas cannot be read from the strings of `from __future__ import annotations`. On the
+# functions themselves, which the decorator leaves as they are in vLLM 0.32 and always wraps in 0.33.
+_types = {"x_ND": torch.Tensor, "out_ND": torch.Tensor, "layer_name": str, "return": None}
+unwrap(_conv1d).__annotations__ = _types
+unwrap(_rg_lru).__annotations__ = {"a_ND": torch.Tensor, **_types}
 for _name, _function in (("conv1d", _conv1d), ("rg_lru", _rg_lru)):
     direct_register_custom_op(_name, _function, mutates_args=["out_ND"], fake_impl=lambda *_: None, target_lib=_LIBRARY)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 logger = logging.getLogger(__name__)
 
-SUPPORTED = ("0.32", "0.33")  # from the first, up to but without the second
+SUPPORTED = ("0.32", "0.34")  # from the first, up to but without the second
 ARCHITECTURE = "RecurrentGemmaForCausalLM"
 MODEL = "recurrent_gemma_hf.vllm_model:RecurrentGemmaForCausalLM"
 

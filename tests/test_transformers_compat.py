@@ -141,6 +141,12 @@ def test_generate_takes_both_names_and_returns_both(tiny_config, said, blocks, o
     assert bool(chunked) == ("prefill_chunk_size" in options and not transformers_compat.CONTINUES_IN_CHUNKS)
 
 
+def test_tools_see_the_arguments_of_generate():
+    theirs = inspect.signature(transformers.GenerationMixin.generate)
+    assert inspect.signature(RecurrentGemmaForCausalLM.generate) == theirs
+    assert "streamer" in theirs.parameters
+
+
 def test_pytrees_and_copies_of_outputs_keep_both_names(tiny_config):
     output = RecurrentGemmaForCausalLM(tiny_config()).eval()(torch.randint(3, 265, (1, 5)))
     leaves, spec = torch.utils._pytree.tree_flatten(output)

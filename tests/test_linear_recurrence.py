@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from recurrent_gemma_hf import set_backend
 from recurrent_gemma_hf.linear_recurrence import (
     available_backends,
     linear_recurrence,
@@ -566,3 +567,26 @@ class TestBackends:
             for _ in range(3):
                 linear_recurrence(torch.zeros(1, 2, 1), torch.zeros(1, 2, 1))
         assert caplog.messages == ["linear_recurrence: backend 'chunked' for torch.float32 on cpu"]
+
+
+@pytest.fixture
+def asked_for():
+    yield set_backend
+    set_backend("auto")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="without triton there is one backend only")
+def test_what_set_backend_asks_for_reaches_every_scan(asked_for):
+    """Also those of context parallelism and vLLM, which name no backend."""
+    assert module.resolve_backend("auto", "cuda", torch.float32) == "triton"
+    asked_for("portable")
+    assert module.resolve_backend("auto", "cuda", torch.float32) == "chunked"
+    assert module.resolve_backend("triton", "cuda", torch.float32) == "triton", "asked for by name, here and now"
+    asked_for("triton")
+    x, a = torch.randn(1, 5, 3, dtype=torch.float64), torch.rand(1, 5, 3, dtype=torch.float64)
+    refusal = r'backend "?.triton.* does not take dtype torch.float64.* call set_backend\("auto"\)'
+    with pytest.raises(ValueError, match=refusal):
+        linear_recurrence(x, a)
+    pool, rows, ends = torch.zeros(1, 3, dtype=torch.float64), torch.tensor([0]), torch.tensor([0, 5])
+    with pytest.raises(ValueError, match=refusal):
+        module.linear_recurrence_varlen(x[0], a[0], pool, rows, ends, torch.tensor([False]))

@@ -281,8 +281,9 @@ class _HandOn(torch.autograd.Function):
         return h_BCD.view_as(h_BCD), last_BD.view_as(last_BD)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dh_BCD: torch.Tensor, dlast_BD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError("a sequence over several ranks can be differentiated once: leave create_graph=True out")
         a_BCD, decay_BD = ctx.saved_tensors
         shard = ctx.shard
         own_BD = torch.addcmul(_through_decay(dh_BCD, a_BCD, decay_BD.dtype), decay_BD, dlast_BD)

@@ -54,7 +54,8 @@ def linear_recurrence(
     """Compute h_t = a_t * h_{t-1} + x_t for t = 0 .. T - 1, with h_{-1} = h0.
 
     Accumulates in float32, or in float64 if any input is float64. Differentiable in x, a and h0 through both results,
-    any number of times. Inputs are never modified.
+    any number of times, in reverse and (by the reference loop, see `is_transformed`) in forward mode. Inputs are never
+    modified.
 
     Args:
         x_BTD: what is added to the state; bfloat16, float16, float32 or float64.
@@ -62,7 +63,7 @@ def linear_recurrence(
         h0_BD: the state before the first step; None means zeros.
         reset_BT: bool; where True, a counts as 0 (h_t = x_t) and its gradient is 0.
         output_dtype: dtype of the first result; None means that of x.
-        backend: one of `available_backends()`, or "auto".
+        backend: one of `available_backends()`, or "auto", which does what `set_backend` asks for.
 
     Returns:
         h_BTD, every state, in `output_dtype`; and h_last_BD, the state after the last step, in the accumulation dtype.
@@ -74,6 +75,8 @@ def linear_recurrence(
     dtype = torch.promote_types(x_BTD.dtype, a_BTD.dtype)
     if h0_BD is not None:
         dtype = torch.promote_types(dtype, h0_BD.dtype)
+    if is_transformed():
+        return linear_recurrence_reference(x_BTD, a_BTD, h0_BD, reset_BT=reset_BT, output_dtype=output_dtype)
     name = resolve_backend(backend, x_BTD.device, dtype)
     return _BACKENDS[name].run(x_BTD, a_BTD, h0_BD, reset_BT=reset_BT, output_dtype=output_dtype)
 
@@ -425,6 +428,20 @@ def _chunk_states(
     return state_BMD
 
 
+# ---------------------------------------------------------------- transforms of torch
+
+
+def is_transformed() -> bool:
+    """Tell whether a transform of torch.func (grad, vmap, jvp, ...) or forward-mode differentiation is active.
+
+    These know plain torch: a custom operator has no tangent for them, and loses the one it is given without a word. So
+    the reference loop and the plain forms of everything else run there, slower and right.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+
+
 # ---------------------------------------------------------------- the kernels
 
 
@@ -499,6 +516,18 @@ _BACKENDS = {
     "reference": _Backend(linear_recurrence_reference, None, _FLOAT_DTYPES),
 }
 _announced: set[tuple[str, torch.dtype]] = set()
+_asked_for = "auto"
+
+
+def ask_for(name: str) -> None:
+    """Set what "auto" means in this process: see `recurrent_block.set_backend`, which checks `name` and is public."""
+    global _asked_for
+    _asked_for = name
+
+
+def asked_for() -> str:
+    """Return what `ask_for` was told last: "triton", "portable" or "auto"."""
+    return _asked_for
 
 
 def available_backends() -> tuple[str, ...]:
@@ -510,7 +539,8 @@ def resolve_backend(name: str, device: torch.device | str, dtype: torch.dtype) -
     """The name of the implementation that runs for `name`, which may be "auto".
 
     Args:
-        name: one of `available_backends()`, or "auto" for the first of them that serves `device` and `dtype`.
+        name: one of `available_backends()`, or "auto" for what `set_backend` asks for: by default the first of them
+            that serves `device` and `dtype`.
         device: where the inputs are.
         dtype: the widest dtype of the inputs (`torch.promote_types`).
 
@@ -518,6 +548,9 @@ def resolve_backend(name: str, device: torch.device | str, dtype: torch.dtype) -
         ValueError: no such backend, or it cannot serve this device or dtype.
     """
     device = torch.device(device)
+    remedy = 'choose backend="auto"'
+    if name == "auto" and _asked_for != "auto":
+        name, remedy = "chunked" if _asked_for == "portable" else _asked_for, 'call set_backend("auto")'
     if name == "auto":
         for candidate, backend in _BACKENDS.items():
             is_at_home = backend.device_types is None or device.type in backend.device_types
@@ -531,7 +564,7 @@ def resolve_backend(name: str, device: torch.device | str, dtype: torch.dtype) -
         raise ValueError(f"unknown backend {name!r}: choose one of {(*_BACKENDS, 'auto')}")
     refusal = _refusal(name, device, dtype)
     if refusal is not None:
-        raise ValueError(f'backend {name!r} {refusal}, or choose backend="auto"')
+        raise ValueError(f"backend {name!r} {refusal}, or {remedy}")
     return name
 
 

@@ -29,16 +29,16 @@ from transformers import initialization as init
 from .cache_recurrent_gemma import RecurrentGemmaCache
 from .configuration_recurrent_gemma import RecurrentGemmaConfig
 from .linear_cross_entropy import IGNORE_INDEX, check_labels, chunked_cross_entropy, linear_cross_entropy
-from .linear_recurrence import linear_recurrence, resolve_backend
+from .linear_recurrence import is_transformed, linear_recurrence, resolve_backend
 from .recurrent_block import (
     MIN_4X_IN_SQRT_GRADIENT,
     RG_LRU_C,
     RecurrentBlockParameters,
+    bounded_sqrt,
     causal_conv1d,
     recurrent_block,
     recurrent_block_step,
     resolve_block_backend,
-    scan_backend,
 )
 from .tensor_parallel import check_tensor_parallel
 from .transformers_compat import (
@@ -137,7 +137,7 @@ def _fast_linear(x: torch.Tensor, weight: Any, bias: torch.Tensor | None) -> tor
     weights), with torchao's int8 weights a conversion of all of them. Measured in benchmarks/LOG.md. Under
     torch.compile one row is a sum that Inductor makes a loop of its own of: faster than either library's product.
     """
-    if x.device.type != "cpu" or torch.is_grad_enabled() or type(x) is not torch.Tensor:
+    if x.device.type != "cpu" or torch.is_grad_enabled() or type(x) is not torch.Tensor or is_transformed():
         return None
     rows, dtype = x.numel() // x.shape[-1], x.dtype
     if rows > FEW_ROWS or dtype != weight.dtype or torch.is_autocast_enabled("cpu"):
@@ -460,14 +460,29 @@ class RgLruCoefficients(torch.autograd.Function):
         return a, gated
 
     @staticmethod
+    def plain(
+        r_pre: torch.Tensor,
+        i_pre: torch.Tensor,
+        x: torch.Tensor,
+        softplus_D: torch.Tensor,
+        reset: torch.Tensor,
+        hold: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same for autograd and every transform of torch."""
+        _, i, log_a, one_minus_a2 = RgLruCoefficients._parts(r_pre, i_pre, softplus_D)
+        a, gated = log_a.exp().masked_fill(reset, 0.0), bounded_sqrt(one_minus_a2).masked_fill(reset, 1.0) * i * x
+        return (a, gated) if hold is None else (a.masked_fill(hold, 1.0), gated.masked_fill(hold, 0.0))
+
+    @staticmethod
     def forward(ctx: Any, *inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         ctx.save_for_backward(*inputs)
         return RgLruCoefficients.compute(*inputs)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_a: torch.Tensor, grad_gated: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         saved_tensors = ctx.saved_tensors  # read once: activation checkpointing refuses a second time
+        if torch.is_grad_enabled():
+            return _differentiable_gradients(RgLruCoefficients, saved_tensors, (grad_a, grad_gated))
         r_pre, i_pre, x, softplus_D, reset, hold = saved_tensors
         r, i, log_a, one_minus_a2 = RgLruCoefficients._parts(r_pre, i_pre, softplus_D)
         x = x.to(softplus_D.dtype)
@@ -539,7 +554,7 @@ class RecurrentGemmaRglru(nn.Module):
         a, gated = coefficients(r_pre, i_pre, x_BTD, softplus_D, step.reset_BT1, step.hold_BT1)
         if step.shard is not None:
             return step.shard.linear_recurrence(gated, a)
-        return linear_recurrence(gated, a, h0_BD, backend=scan_backend())
+        return linear_recurrence(gated, a, h0_BD)
 
 
 class CausalConv1d(torch.autograd.Function):
@@ -567,16 +582,28 @@ class CausalConv1d(torch.autograd.Function):
         return out
 
     @staticmethod
+    def plain(full: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, reach: torch.Tensor | None) -> torch.Tensor:
+        """The same for autograd and every transform of torch."""
+        K, T = weight.shape[2], full.shape[1] - weight.shape[2] + 1
+        out = bias.expand(full.shape[0], T, -1)
+        for tap in range(K):
+            x = full[:, tap : tap + T]
+            out = out + (x if reach is None else x * reach[..., tap, None]) * weight[:, 0, tap]
+        return out
+
+    @staticmethod
     def forward(
         ctx: Any, full: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, reach: torch.Tensor | None
     ) -> torch.Tensor:
-        ctx.save_for_backward(full, weight, reach)
+        ctx.save_for_backward(full, weight, bias, reach)
         return CausalConv1d.compute(full, weight, bias, reach)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        full, weight, reach = ctx.saved_tensors
+        saved_tensors = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return _differentiable_gradients(CausalConv1d, saved_tensors, (grad,))
+        full, weight, _, reach = saved_tensors
         weight_KD = weight[:, 0].t().contiguous()
         T = grad.shape[1]
         grad_full, grad_taps = torch.zeros_like(full), []
@@ -588,8 +615,24 @@ class CausalConv1d(torch.autograd.Function):
 
 
 def _differentiable(function: type[RgLruCoefficients] | type[CausalConv1d]) -> Callable[..., Any]:
-    """Its autograd form, or just its computation where no gradients are wanted: decoding feels the difference."""
+    """Choose a form of `function`: plain under a transform of torch, with its own backward pass where gradients are
+    wanted, else the computation alone (decoding feels the difference)."""
+    if is_transformed():
+        return function.plain
     return function.apply if torch.is_grad_enabled() else function.compute
+
+
+def _differentiable_gradients(
+    function: type[RgLruCoefficients] | type[CausalConv1d],
+    inputs: tuple[torch.Tensor | None, ...],
+    grads: tuple[torch.Tensor, ...],
+) -> tuple[torch.Tensor | None, ...]:
+    """Compute the gradients of `inputs` so that they can be differentiated again (`create_graph=True`), by autograd
+    through the plain form. The backward passes above are faster, and constants to autograd."""
+    inputs = tuple(x.view_as(x) if x is not None and x.requires_grad else x for x in inputs)
+    wanted = [x for x in inputs if x is not None and x.requires_grad]
+    found = iter(torch.autograd.grad(function.plain(*inputs), wanted, grads, create_graph=True))
+    return tuple(next(found) if x is not None and x.requires_grad else None for x in inputs)
 
 
 class RecurrentGemmaConv1d(nn.Conv1d):
@@ -606,9 +649,9 @@ class RecurrentGemmaConv1d(nn.Conv1d):
         if inside is not None:
             return inside(self.weight, self.bias)
         # By a kernel wherever the scan is one, except for a single step of decoding, which is less than its launch.
-        if input.shape[1] != self.weight.shape[2]:
+        if input.shape[1] != self.weight.shape[2] and not is_transformed():
             scan_dtype = torch.promote_types(input.dtype, torch.float32)
-            if resolve_backend(scan_backend(), input.device, scan_dtype) == "triton":
+            if resolve_backend("auto", input.device, scan_dtype) == "triton":
                 return causal_conv1d(input, self.weight, self.bias, reach)
         weight, bias = self.weight.to(input.dtype), self.bias.to(input.dtype)
         return _differentiable(CausalConv1d)(input, weight, bias, reach)
@@ -965,7 +1008,7 @@ class RecurrentGemmaModel(RecurrentGemmaPreTrainedModel):
         B, T = shape
         if position_ids is not None and position_ids.shape not in ((B, T), (1, T)):
             raise ValueError(f"position_ids of shape {tuple(position_ids.shape)} must be ({B} or 1, {T})")
-        if position_ids is not None and position_ids.device.type == "cpu" and not torch.compiler.is_compiling():
+        if position_ids is not None and _may_look_at(position_ids):
             _check_positions(position_ids.expand(B, T), mask.tokens)
         if isinstance(cache, RecurrentGemmaCache):
             cache.check_config(self.config)
@@ -999,7 +1042,7 @@ class RecurrentGemmaModel(RecurrentGemmaPreTrainedModel):
             )
         if input_ids is not None:
             # On a GPU this would wait for the device; there the embedding's own assertion has to do.
-            if input_ids.device.type == "cpu" and not torch.compiler.is_compiling():
+            if _may_look_at(input_ids):
                 low, high = input_ids.aminmax()
                 if low < 0 or high >= self.config.vocab_size:
                     raise ValueError(
@@ -1109,7 +1152,7 @@ def _document_positions(
                 f"cu_seq_lens_q of shape {tuple(ends.shape)} for {B} rows: it describes one row of packed documents; "
                 "give position_ids that begin at 0 with each document"
             )
-        if ends.device.type == "cpu" and not torch.compiler.is_compiling() and (ends[0] != 0 or ends[-1] != T):
+        if _may_look_at(ends) and (ends[0] != 0 or ends[-1] != T):
             raise ValueError(f"cu_seq_lens_q={ends.tolist()} must begin with 0 and end with the row's {T} tokens")
         documents = torch.searchsorted(ends, torch.arange(T, device=ends.device, dtype=ends.dtype), right=True)[None]
     if documents.shape != (B, T):
@@ -1117,6 +1160,11 @@ def _document_positions(
     columns = torch.arange(T, device=documents.device).expand(B, T)
     begins = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True)
     return columns - torch.where(begins, columns, 0).cummax(1).values
+
+
+def _may_look_at(x: torch.Tensor) -> bool:
+    """Tell whether values may be read to check them: a GPU would be waited for, torch.compile and vmap cannot."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and not is_transformed()
 
 
 def _check_positions(position_BT: torch.Tensor, tokens_BT: torch.Tensor | None) -> None:
@@ -1135,7 +1183,7 @@ def _check_positions(position_BT: torch.Tensor, tokens_BT: torch.Tensor | None) 
 def _is_counted(position_BT: torch.Tensor) -> bool:
     """Whether these are just 0, 1, 2, ..., as generate() passes them: then there is nothing to mask. Asked on a CPU
     alone, where looking costs nothing."""
-    if position_BT.device.type != "cpu" or position_BT.shape[1] == 1 or torch.compiler.is_compiling():
+    if position_BT.shape[1] == 1 or not _may_look_at(position_BT):
         return False
     return bool((position_BT == torch.arange(position_BT.shape[1])).all())
 
@@ -1404,7 +1452,7 @@ class RecurrentGemmaForCausalLM(RecurrentGemmaPreTrainedModel, GenerationMixin):
     ) -> tuple[torch.Tensor, dict[str, Any]]:
         """labels and `shift_labels`, checked and without the first tokens of documents."""
         ignore_index, shifted = kwargs.get("ignore_index", IGNORE_INDEX), kwargs.get("shift_labels")
-        if labels_BT.device.type == "cpu" and not torch.compiler.is_compiling():
+        if _may_look_at(labels_BT):
             check_labels(labels_BT if shifted is None else shifted, self.config.vocab_size, ignore_index)
         if shifted is not None:
             next_is_first = F.pad(first_BT[:, 1:], (0, 1)).to(shifted.device)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .linear_recurrence import linear_recurrence_reference, triton_refusal
+from .linear_recurrence import ask_for, asked_for, is_transformed, linear_recurrence_reference, triton_refusal
 
 RG_LRU_C = 8.0  # c of equation 3: log a = -c r softplus(Lambda)
 MIN_4X_IN_SQRT_GRADIENT = 1e-6  # the official code divides the gradient of sqrt(x) by sqrt(max(4 x, this))
@@ -27,7 +27,6 @@ MIN_4X_IN_SQRT_GRADIENT = 1e-6  # the official code divides the gradient of sqrt
 BACKENDS = ("triton", "portable")  # in the order in which "auto" prefers them
 _KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _KERNEL_MAX_HEAD = 256
-_asked_for = "auto"
 
 
 class RecurrentBlockParameters(NamedTuple):
@@ -46,7 +45,8 @@ class RecurrentBlockParameters(NamedTuple):
 
 
 def set_backend(name: str) -> None:
-    """Ask for an implementation of all recurrent blocks of this process: "triton", "portable", or "auto" (the default).
+    """Ask for an implementation of all recurrent blocks and scans of this process: "triton", "portable" or "auto" (the
+    default). It reaches context parallelism and serving on vLLM too.
 
     "auto" takes Triton's kernels on a GPU that suits them (NVIDIA from Hopper on, AMD, Intel), and the portable code
     everywhere else, there with scan and convolution alone by Triton where they run. A backend asked for by name that
@@ -56,15 +56,14 @@ def set_backend(name: str) -> None:
     Raises:
         ValueError: no such backend.
     """
-    global _asked_for
     if name not in (*BACKENDS, "auto"):
         raise ValueError(f"unknown backend {name!r}: choose one of {(*BACKENDS, 'auto')}")
-    _asked_for = name
+    ask_for(name)
 
 
 def get_backend() -> str:
     """What `set_backend` asked for last."""
-    return _asked_for
+    return asked_for()
 
 
 def resolve_block_backend(device: torch.device | str, dtype: torch.dtype, head_width: int, activation: str) -> str:
@@ -80,12 +79,13 @@ def resolve_block_backend(device: torch.device | str, dtype: torch.dtype, head_w
         ValueError: `set_backend` asked for "triton", and it cannot serve this.
     """
     device = torch.device(device)
-    if _asked_for == "portable" or (_asked_for == "auto" and not _suits_the_kernels(device)):
+    name = asked_for()
+    if name == "portable" or (name == "auto" and not _suits_the_kernels(device)) or is_transformed():
         return "portable"
     refusal = triton_refusal(device) or _kernel_refusal(dtype, head_width, activation)
     if refusal is None:
         return "triton"
-    if _asked_for == "triton":
+    if name == "triton":
         raise ValueError(f'backend "triton" {refusal}, or call set_backend("auto")')
     return "portable"
 
@@ -102,11 +102,6 @@ def _suits(device: torch.device) -> bool:
     if device.type == "cuda" and torch.version.cuda is not None and torch.cuda.is_available():
         return torch.cuda.get_device_capability(device) >= (9, 0)
     return device.type != "cpu"
-
-
-def scan_backend() -> str:
-    """The backend of `linear_recurrence` that goes with what was asked for."""
-    return {"portable": "chunked"}.get(_asked_for, _asked_for)
 
 
 def _kernel_refusal(dtype: torch.dtype, head_width: int, activation: str) -> str | None:
@@ -215,18 +210,16 @@ def _kernel_parameters(parameters: RecurrentBlockParameters, dtype: torch.dtype)
 # ---------------------------------------------------------------- the reference
 
 
-class _BoundedSqrt(torch.autograd.Function):
-    """sqrt(x) whose derivative is bounded as in the official code."""
+def bounded_sqrt(x: Tensor) -> Tensor:
+    """Compute sqrt(x), whose derivative is 1 / sqrt(max(4 x, m)) with m = `MIN_4X_IN_SQRT_GRADIENT`, as officially.
 
-    @staticmethod
-    def forward(ctx, x):  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(x)
-        return x.sqrt()
-
-    @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        (x,) = ctx.saved_tensors
-        return grad / (4.0 * x).clamp(min=MIN_4X_IN_SQRT_GRADIENT).sqrt()
+    Written so that autograd finds that derivative, and those of any order and in any mode, by itself: below m / 4 the
+    value is the root's and the slope that of a line.
+    """
+    slope = MIN_4X_IN_SQRT_GRADIENT**-0.5
+    line = slope * x + (x.sqrt() - slope * x).detach()
+    smallest = MIN_4X_IN_SQRT_GRADIENT / 4
+    return torch.where(x > smallest, x.clamp(min=smallest).sqrt(), line)
 
 
 def recurrent_block_reference(
@@ -253,7 +246,7 @@ def recurrent_block_reference(
     r = torch.sigmoid(torch.einsum("bthi,hij->bthj", heads, a_weight) + a_bias).reshape(B, T, D)
     i = torch.sigmoid(torch.einsum("bthi,hij->bthj", heads, x_weight) + x_bias).reshape(B, T, D)
     log_a = -RG_LRU_C * r * F.softplus(lambda_D)
-    a, multiplier = log_a.exp(), _BoundedSqrt.apply(1.0 - torch.exp(2.0 * log_a))
+    a, multiplier = log_a.exp(), bounded_sqrt(1.0 - torch.exp(2.0 * log_a))
     if reset_BT is not None:
         a, multiplier = a.masked_fill(reset_BT[..., None], 0.0), multiplier.masked_fill(reset_BT[..., None], 1.0)
     gated = multiplier * i * x

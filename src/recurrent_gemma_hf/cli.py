@@ -535,7 +535,8 @@ def memory(
     from .memory import STRATEGIES, training_memory
 
     config = RecurrentGemmaConfig.from_preset(model) if model in PRESETS else _read_config(_locate(model))
-    rows = []
+    rows: list[dict[str, Any]] = []
+    left_out: list[str] = []
     for name in [strategy] if strategy is not None else STRATEGIES:
         for checkpointing in (False, True):
             try:
@@ -546,27 +547,37 @@ def memory(
             except ValueError as error:
                 _fail(str(error))
             except ModuleNotFoundError as error:
-                _fail(f"{error}: the adapters of {name} are peft's; pip install peft")
+                if strategy is not None:
+                    _fail(f"{error}: the adapters of {name} are peft's; pip install peft")
+                left_out.append(name)
+                break
             rows.append({"strategy": name, "checkpointing": checkpointing, **asdict(result)})
     if as_json:
         typer.echo("\n".join(json.dumps(row) for row in rows))
     else:
         _print_memory(model or "the bundled demo", rows, f"{batch_size} x {tokens:,} tokens, {devices} device(s)")
+    if left_out:
+        _note(f"left out: {', '.join(left_out)}, whose adapters are peft's; pip install peft")
 
 
 def _print_memory(name: str, rows: list[dict[str, Any]], size: str) -> None:
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
     from .memory import STRATEGIES
 
     columns = ("weights", "gradients", "optimizer", "activations", "loss", "gathered", "peak")
-    table = Table("strategy", "checkpointing", title=f"{name}: {size}", title_justify="left")
+    columns = tuple(column for column in columns if any(row[column] for row in rows))
+    # Narrow enough for 80 columns: the unit once, and nothing between the columns.
+    unit, divisor = ("GB", 1e9) if max(row["peak"] for row in rows) >= 1e9 else ("MB", 1e6)
+    table = Table("strategy", "checkpointing", title=f"{name}: {size}, in {unit}", title_justify="left", box=SIMPLE_HEAD)
+    table.padding, table.pad_edge = (0, 1, 0, 0), False
     for column in columns:
         table.add_column(column, justify="right")
     for row in rows:
         checkpointing = "yes" if row["checkpointing"] else "no"
-        table.add_row(row["strategy"], checkpointing, *(_readable(row[column]) for column in columns))
+        table.add_row(row["strategy"], checkpointing, *(f"{row[column] / divisor:.2f}" for column in columns))
     used = dict.fromkeys(row["strategy"] for row in rows)
     table.caption = "Not all of it exists at a time: the peak is less than the sum. " + "; ".join(
         f"{strategy}: {STRATEGIES[strategy].explanation}" for strategy in used

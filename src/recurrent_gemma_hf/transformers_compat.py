@@ -73,7 +73,7 @@ READ = {
 # --- Releases -----------------------------------------------------------------------------------------------------
 
 # From the first up to but without the second: `dependencies` in pyproject.toml says the same. The whole test suite runs
-# on the first and the last release in it, and was run once on those between (CHANGELOG.md).
+# on the first and the last release in it; CHANGELOG.md says what ran on those between.
 SUPPORTED_RELEASES = ("5.17", "5.25")
 
 

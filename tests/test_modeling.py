@@ -14,7 +14,14 @@ import torch
 from small_models import build, perturb, tiny_config
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AttentionInterface, AutoModelForCausalLM, AutoModelForSequenceClassification, DynamicCache
+from transformers import (
+    AttentionInterface,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    DynamicCache,
+    EncoderDecoderCache,
+    StaticCache,
+)
 
 from recurrent_gemma_hf import (
     RecurrentGemmaCache,
@@ -865,11 +872,49 @@ def test_a_mask_that_forgets_the_past():
         model(tokens_of(2, 1), attention_mask=torch.ones(2, 1), past_key_values=cache)
 
 
-def test_right_padding_with_a_cache_that_stores_it():
+@pytest.mark.parametrize("kind", ["DynamicCache()", "DynamicCache(config)", "StaticCache", "StaticCache, allocated"])
+def test_an_empty_cache_of_transformers_becomes_ours(kind: str):
     model = model_of()
+    cache = DynamicCache() if kind == "DynamicCache()" else DynamicCache(config=model.config)
+    if "Static" in kind:
+        cache = StaticCache(config=model.config, max_cache_len=20)
+    if "allocated" in kind:
+        heads = model.config.num_key_value_heads, model.config.head_dim
+        cache.early_initialization(2, *heads, torch.float32, torch.device("cpu"))
     ids, mask, _ = padded([5, 9], "right")
-    with pytest.raises(ValueError, match="padding behind tokens does not work with a DynamicCache"):
-        model(ids, attention_mask=mask, past_key_values=DynamicCache(config=model.config))
+    output = model(ids, attention_mask=mask, past_key_values=cache)
+    assert output.cache is cache
+    assert type(cache) is RecurrentGemmaCache
+    assert cache.is_compileable == ("Static" in kind)
+    reference = RecurrentGemmaCache(model.config)
+    assert torch.equal(output.logits, model(ids, attention_mask=mask, cache=reference).logits)
+    new, mask = tokens_of(2, 3), F.pad(mask, (0, 3), value=1)
+    logits = [model(new, attention_mask=mask, cache=c).logits for c in (cache, reference)]
+    assert torch.equal(*logits)
+    assert cache.fork().get_seq_length() == 12
+
+
+@pytest.mark.parametrize("kind", [DynamicCache, StaticCache])
+def test_a_cache_of_transformers_that_holds_something_is_refused(kind: type):
+    model = model_of()
+    options = {"max_cache_len": 20} if kind is StaticCache else {}
+    cache = kind(config=model.config, **options)
+    attention = model.config.layers_block_type.index("attention")
+    keys = torch.zeros(1, model.config.num_key_value_heads, 3, model.config.head_dim)
+    cache.update(keys, keys, attention)
+    with pytest.raises(ValueError, match=rf"this {kind.__name__} already holds keys or states .* give an empty one"):
+        model(tokens_of(1, 4), past_key_values=cache)
+    assert type(cache) is kind, "refused, and left as it was"
+    cache = kind(config=model.config, **options)
+    cache.update_conv_state(torch.zeros(1, model.config.lru_width, 3), 0, conv_kernel_size=3)
+    with pytest.raises(ValueError, match="already holds keys or states"):
+        model(tokens_of(1, 4), past_key_values=cache)
+
+
+def test_a_cache_for_an_encoder_and_a_decoder_is_refused():
+    model = model_of()
+    with pytest.raises(ValueError, match="a EncoderDecoderCache is for an encoder and a decoder"):
+        model(tokens_of(1, 4), past_key_values=EncoderDecoderCache(DynamicCache(), DynamicCache()))
 
 
 def test_the_auto_class_of_a_head():

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from transformers import Cache, CacheLayerMixin
+from transformers import Cache, CacheLayerMixin, EncoderDecoderCache, StaticCache
 
 from .configuration_recurrent_gemma import RecurrentGemmaConfig
 from .transformers_compat import LinearAttentionCacheLayerMixin
@@ -150,6 +150,12 @@ class _LayerMixin:
 
     def get_max_length(self) -> int:
         return -1  # no sequence is too long
+
+
+def _holds_something(layer: Any) -> bool:
+    """Tell whether a layer of one of Transformers' caches has seen a token; static ones allocate before that."""
+    states = getattr(layer, "has_previous_state", {})
+    return any(states.values()) or (isinstance(layer, CacheLayerMixin) and int(layer.get_seq_length()) > 0)
 
 
 def _row_indices(indices: torch.Tensor) -> torch.Tensor:
@@ -404,6 +410,30 @@ class RecurrentGemmaCache(Cache):
         ]
         super().__init__(layers=layers)
         self._fingerprint = config.fingerprint()
+
+    @classmethod
+    def adopt(cls, cache: Cache, config: RecurrentGemmaConfig) -> RecurrentGemmaCache:
+        """Return `cache`, made one of ours in place where it is an empty cache of Transformers (`DynamicCache`,
+        `StaticCache`): the caller goes on with the object that he made, and there is one implementation of the state.
+
+        Raises:
+            ValueError: for one that already holds keys, values or states, and for a pair of an encoder and a decoder.
+        """
+        if isinstance(cache, cls):
+            return cache
+        kind = type(cache).__name__
+        if isinstance(cache, EncoderDecoderCache):
+            raise ValueError(f"a {kind} is for an encoder and a decoder; give a RecurrentGemmaCache or leave it out")
+        if any(_holds_something(layer) for layer in cache.layers):
+            raise ValueError(
+                f"this {kind} already holds keys or states that RecurrentGemma did not write; give an empty one, or a "
+                "RecurrentGemmaCache that this model has filled"
+            )
+        is_static = isinstance(cache, StaticCache)
+        vars(cache).clear()
+        cache.__class__ = cls
+        cls.__init__(cache, config, static=is_static)
+        return cache
 
     def begin_forward(
         self, batch_size: int, columns: int, device: torch.device, token_mask: torch.Tensor | None = None

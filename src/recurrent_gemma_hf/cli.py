@@ -567,11 +567,13 @@ def _print_memory(name: str, rows: list[dict[str, Any]], size: str) -> None:
 
     from .memory import STRATEGIES
 
-    columns = ("weights", "gradients", "optimizer", "activations", "loss", "gathered", "peak")
-    columns = tuple(column for column in columns if any(row[column] for row in rows))
+    names = ("weights", "gradients", "optimizer", "activations", "loss", "gathered", "peak")
+    columns = [column for column in names if any(row[column] for row in rows)]
     # Narrow enough for 80 columns: the unit once, and nothing between the columns.
     unit, divisor = ("GB", 1e9) if max(row["peak"] for row in rows) >= 1e9 else ("MB", 1e6)
-    table = Table("strategy", "checkpointing", title=f"{name}: {size}, in {unit}", title_justify="left", box=SIMPLE_HEAD)
+    table = Table(
+        "strategy", "checkpointing", title=f"{name}: {size}, in {unit}", title_justify="left", box=SIMPLE_HEAD
+    )
     table.padding, table.pad_edge = (0, 1, 0, 0), False
     for column in columns:
         table.add_column(column, justify="right")

@@ -8,7 +8,7 @@ Two ideas carry the file:
   tokens of each row in front and its padding behind, where causality hides it, and unpacked last.
 - Where a document begins is its *position* 0. Attention, convolution and recurrence of a token at position p look at
   most p tokens back, so packed documents never meet.
-State lives in the cache alone (RecurrentGemmaCache, or Transformers' DynamicCache and StaticCache).
+State lives in the cache alone (RecurrentGemmaCache, which Transformers' own empty caches become).
 """
 
 from __future__ import annotations
@@ -259,7 +259,6 @@ class AttentionMask(NamedTuple):
     key_rank: torch.Tensor  # (B or 1, K) int64, negative where there is no key
     reach: torch.Tensor  # (B or 1, T) int64: how far back, min(W, position)
     query_is_token: torch.Tensor | None  # (B, T) bool; None: padding cannot matter
-    key_is_token: torch.Tensor | None  # (B, K) bool; None: all
     window: int
     diagonal: int | None  # keys are in order and query t is key diagonal + t; None: they are not
     plain: bool  # no padding, no documents and no past: every row and every block of queries looks alike
@@ -272,8 +271,6 @@ class AttentionMask(NamedTuple):
         key_rank = self.key_rank[:, None, keys]
         distance = self.query_rank[:, queries, None] - key_rank
         seen = (distance >= 0) & (distance <= self.reach[:, queries, None]) & (key_rank >= 0)
-        if self.key_is_token is not None:
-            seen = seen & self.key_is_token[:, None, keys]
         if self.query_is_token is not None:
             # Padding sees everything: nobody reads its output, and a softmax over nothing would be NaN.
             seen = seen | ~self.query_is_token[:, queries, None]
@@ -697,14 +694,9 @@ class RecurrentGemmaRecurrentBlock(nn.Module):
         if step.shard is not None and context:
             (full,) = step.shard.with_left(u, size=context, dim=1)
             return F.pad(full, (0, 0, context + u.shape[1] - full.shape[1], 0))
-        if layer is None or (context == 0 and not isinstance(cache, RecurrentGemmaCache)):
+        if layer is None:
             return F.pad(u, (0, 0, context, 0))
-        full = cache.update_conv_state(u.transpose(1, 2), self.layer_idx, conv_kernel_size=context).transpose(1, 2)
-        # Transformers' own cache returns no context with the first forward, and as much as it has with others.
-        missing = context + u.shape[1] - full.shape[1]
-        if missing:
-            full = F.pad(full, (0, 0, missing, 0))  # a negative number cuts
-        return full.to(u.dtype)
+        return cache.update_conv_state(u.transpose(1, 2), self.layer_idx).transpose(1, 2).to(u.dtype)
 
     def _initial_state(self, layer: Any) -> torch.Tensor | None:
         if layer is None or not layer.is_recurrent_states_initialized[0]:
@@ -718,7 +710,7 @@ class RecurrentGemmaRecurrentBlock(nn.Module):
         `RecurrentGemmaConv1d`), and reads them there, so that offloading, adapters and parametrizations keep working.
         """
         reset, hold = (None if flag is None else flag[..., 0] for flag in (step.reset_BT1, step.hold_BT1))
-        ready = isinstance(cache, RecurrentGemmaCache) and layer.is_recurrent_states_initialized[0]
+        ready = layer is not None and layer.is_recurrent_states_initialized[0]
         if ready and u.shape[1] == 1 and self.conv1d_width > 1 and not torch.is_grad_enabled():
             states = layer.conv_states[0], layer.recurrent_states[0]
             layer.has_previous_state[0] = True
@@ -926,7 +918,8 @@ class RecurrentGemmaModel(RecurrentGemmaPreTrainedModel):
                 see it).
             position_ids: (B or 1, T) int64 positions in the document; a 0 begins a new document. What
                 DataCollatorWithFlattening gives besides (`cu_seq_lens_q`, `seq_idx`) stands in where they are missing.
-            cache: what came before, best a RecurrentGemmaCache; made here if `use_cache` asks for one.
+            cache: what came before, a RecurrentGemmaCache; an empty one of Transformers becomes one. Made here if
+                `use_cache` asks for one.
             inputs_embeds: (B, T, E) rows of the embedding, instead of ids (the model scales them as it does its own).
             use_cache: config.use_cache by default, and never by default while training.
             sequence_shard: which chunk of a longer sequence this is; made by `context_parallel.shard_sequence`.
@@ -948,15 +941,14 @@ class RecurrentGemmaModel(RecurrentGemmaPreTrainedModel):
             mask = mask._replace(seen=sequence_shard.offset)
         # Everything that can be wrong is found before the cache moves on.
         self._check(mask, position_ids, cache, output_attentions, (B, T))
-        is_own = isinstance(cache, RecurrentGemmaCache)
         pack = None
-        if mask.tokens is not None and T > 1 and (cache is None or is_own):
+        if mask.tokens is not None and T > 1:
             pack = (~mask.tokens).to(torch.int8).argsort(dim=1, stable=True)  # tokens first, then padding
             x = _unpacked(x, pack)
             position_ids = None if position_ids is None else _unpacked(position_ids.expand(B, T), pack)
         if position_ids is not None and mask.seen == 0 and _is_counted(position_ids):
             position_ids = None
-        if is_own:
+        if cache is not None:
             cache.begin_forward(B, T, x.device, mask.tokens)
         step = self._step(x, mask, position_ids, cache, pack is not None, output_attentions)
         step = step._replace(shard=sequence_shard)
@@ -1010,17 +1002,15 @@ class RecurrentGemmaModel(RecurrentGemmaPreTrainedModel):
             raise ValueError(f"position_ids of shape {tuple(position_ids.shape)} must be ({B} or 1, {T})")
         if position_ids is not None and _may_look_at(position_ids):
             _check_positions(position_ids.expand(B, T), mask.tokens)
-        if isinstance(cache, RecurrentGemmaCache):
+        if cache is not None:
             cache.check_config(self.config)
         if mask.custom is None or self.first_attention is None:
             return
         if implementation not in LOCAL_IMPLEMENTATIONS:
             raise ValueError(f"a 4D attention_mask needs attn_implementation 'eager' or 'sdpa', not {implementation!r}")
         K = T
-        if isinstance(cache, RecurrentGemmaCache):
+        if cache is not None:
             K += min(self.config.attention_window_size, mask.seen)
-        elif cache is not None:
-            K = cache.get_mask_sizes(T, self.first_attention)[0]
         if mask.custom.shape[2] != T or not K <= mask.custom.shape[3] <= max(K, mask.seen + T):
             raise ValueError(
                 f"a 4D attention_mask of shape {tuple(mask.custom.shape)} must be (batch or 1, heads or 1, {T}, {K})"
@@ -1057,8 +1047,10 @@ class RecurrentGemmaModel(RecurrentGemmaPreTrainedModel):
             if cache is not None:
                 raise ValueError("gradient checkpointing would run the cache twice; train without past_key_values")
             return None
+        if cache is not None:
+            return RecurrentGemmaCache.adopt(cache, self.config)
         wanted = self.config.use_cache and not self.training if use_cache is None else use_cache
-        return RecurrentGemmaCache(self.config) if cache is None and wanted else cache
+        return RecurrentGemmaCache(self.config) if wanted else None
 
     def _step(
         self,
@@ -1074,13 +1066,10 @@ class RecurrentGemmaModel(RecurrentGemmaPreTrainedModel):
         is_token = mask.tokens
         if packed:  # tokens first; without a cache nothing ever looks at what stands behind them
             is_token = None if cache is None else columns < mask.tokens.sum(1, keepdim=True)
-        is_foreign = cache is not None and not isinstance(cache, RecurrentGemmaCache)
         position = position_ids
         if position is None:
             position = mask.seen + columns
-            if is_foreign:
-                position = mask.positions(columns)
-            elif cache is not None:
+            if cache is not None:
                 position = cache.progress.past_lengths.to(x.device)[:, None] + columns
         r = self.config.rotary_dim // 2
         exponent = torch.arange(r, device=x.device, dtype=torch.float32) / r
@@ -1093,7 +1082,7 @@ class RecurrentGemmaModel(RecurrentGemmaPreTrainedModel):
             attention = attention._replace(plain=plain)
             attention = _prepared(attention, mask, self.config._attn_implementation, B, output_attentions)
         reach = None
-        if position_ids is not None or (is_foreign and is_token is not None):  # else there is one document, unpadded
+        if position_ids is not None:  # else there is one document
             back = torch.arange(self.config.conv1d_width - 1, -1, -1, device=x.device)
             reach = (position[..., None] >= back).to(x.dtype)
         hold = None if is_token is None else ~is_token[..., None]
@@ -1115,13 +1104,7 @@ class RecurrentGemmaModel(RecurrentGemmaPreTrainedModel):
             before = min(W, mask.seen)  # keys of other ranks
             key = torch.arange(mask.seen - before, mask.seen + T, device=position.device)[None]
             query, plain = mask.seen + columns, mask.seen == 0
-            return AttentionMask(query, key, reach, None, None, W, before, plain=plain, ordered=False)
-        if not isinstance(cache, RecurrentGemmaCache):
-            K, offset = cache.get_mask_sizes(T, self.first_attention)
-            query, key = mask.seen + columns, offset + torch.arange(K, device=position.device)[None]
-            diagonal = mask.seen - offset if mask.seen - offset + T == K else None
-            key_is_token = mask.keys(offset, K)
-            return AttentionMask(query, key, reach, is_token, key_is_token, W, diagonal, plain=False, ordered=False)
+            return AttentionMask(query, key, reach, None, W, before, plain=plain, ordered=False)
         past = cache.progress.past_lengths.to(position.device)[:, None]
         in_order = T > 1 or output_attentions or mask.custom is not None or torch.is_grad_enabled()
         in_order = in_order or "flash" in self.config._attn_implementation
@@ -1133,9 +1116,7 @@ class RecurrentGemmaModel(RecurrentGemmaPreTrainedModel):
         query_is_token = is_token if T == 1 else None
         # With nothing before it, every row counts from 0 and padding stands behind, where causality hides it.
         plain = T > 1 and cache.progress.columns == T
-        return AttentionMask(
-            past + columns, key, reach, query_is_token, None, W, diagonal, plain=plain, ordered=in_order
-        )
+        return AttentionMask(past + columns, key, reach, query_is_token, W, diagonal, plain=plain, ordered=in_order)
 
 
 def _document_positions(
@@ -1209,66 +1190,28 @@ class InputMask(NamedTuple):
     """The caller's attention_mask, checked and taken apart."""
 
     tokens: torch.Tensor | None  # (B, T) bool of this forward's columns; None: no padding
-    columns: torch.Tensor | None  # (B, seen + T) bool of all columns (Transformers' own caches need it)
     custom: torch.Tensor | None  # 4D
     seen: int  # columns before this forward
 
     @staticmethod
-    def read(attention_mask: Any, cache: Cache | None, B: int, T: int) -> InputMask:
+    def read(attention_mask: Any, cache: RecurrentGemmaCache | None, B: int, T: int) -> InputMask:
         seen = 0
-        # Our cache counts by itself: a single token asks how many there were only to check a mask. A compiled step must
-        # not ask, see `_Progress.compiled_columns`.
-        is_own_step = isinstance(cache, RecurrentGemmaCache) and T == 1 and not isinstance(attention_mask, torch.Tensor)
-        if (
-            cache is not None
-            and not is_own_step
-            and not (isinstance(attention_mask, dict) and "custom" in attention_mask)
-        ):
-            seen = _columns_seen(cache)
+        # A single token asks how many there were only to check a mask. A compiled step must not ask, see
+        # `_Progress.compiled_columns`.
+        if cache is not None and (T > 1 or isinstance(attention_mask, torch.Tensor)):
+            seen = cache.get_seq_length()
         if attention_mask is None:
-            return InputMask(None, None, None, seen)
+            return InputMask(None, None, seen)
         if isinstance(attention_mask, dict):  # what create_masks_for_generate made
-            return InputMask(attention_mask["tokens"], None, attention_mask.get("custom"), seen)
+            return InputMask(attention_mask["tokens"], None, seen)
         if attention_mask.ndim == 4:
-            return InputMask(None, None, attention_mask, seen)
+            return InputMask(None, attention_mask, seen)
         if attention_mask.ndim != 2 or attention_mask.shape != (B, seen + T):
             raise ValueError(
                 f"attention_mask of shape {tuple(attention_mask.shape)} must be (batch, columns so far + new ones) = "
                 f"({B}, {seen} + {T}), or 4D"
             )
-        columns = attention_mask.bool()
-        mask = InputMask(columns[:, seen:], columns, None, seen)
-        if cache is not None and not isinstance(cache, RecurrentGemmaCache):
-            mask._refuse_gaps(cache)
-        return mask
-
-    def _refuse_gaps(self, cache: Cache) -> None:
-        """Transformers' caches store padding, which only left padding survives."""
-        if self.tokens.shape[1] > 1 and (self.columns[:, 1:] < self.columns[:, :-1]).any():
-            raise ValueError(
-                f"padding behind tokens does not work with a {type(cache).__name__}, which stores it as if it were "
-                "text; pad on the left, or use a RecurrentGemmaCache (the default)"
-            )
-
-    def positions(self, columns_1T: torch.Tensor) -> torch.Tensor:
-        """(B or 1, T) positions where nobody gave any, for Transformers' own caches."""
-        if self.columns is None:
-            return self.seen + columns_1T
-        return (self.columns.long().cumsum(1)[:, self.seen :] - 1).clamp(min=0)
-
-    def keys(self, offset: int, size: int) -> torch.Tensor | None:
-        """(B, size) bool: which of the keys from column `offset` on are tokens."""
-        if self.columns is None:
-            return None
-        columns = self.columns[:, offset : offset + size]
-        return F.pad(columns, (0, size - columns.shape[1]))
-
-
-def _columns_seen(cache: Cache) -> int:
-    try:
-        return int(cache.get_seq_length())
-    except ValueError:  # Transformers' own caches cannot tell for a model without attention; positions must be given
-        return 0
+        return InputMask(attention_mask[:, seen:].bool(), None, seen)
 
 
 def _prepared(attention: AttentionMask, mask: InputMask, implementation: str, B: int, whole: bool) -> AttentionMask:
@@ -1295,13 +1238,11 @@ def _flex_mask(attention: AttentionMask, shape: tuple[int, int]) -> Any:
     query, key, reach = (
         x.expand(B, -1).contiguous() for x in (attention.query_rank, attention.key_rank, attention.reach)
     )
-    query_ok, key_ok = attention.query_is_token, attention.key_is_token
+    query_ok = attention.query_is_token
 
     def sees(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
         distance = query[b, q] - key[b, k]
         seen = (distance >= 0) & (distance <= reach[b, q]) & (key[b, k] >= 0)
-        if key_ok is not None:
-            seen = seen & key_ok[b, k]
         return seen if query_ok is None else seen | ~query_ok[b, q]
 
     return create_block_mask(sees, B, None, T, key.shape[1], device=query.device)
@@ -1318,8 +1259,6 @@ def _flash_mask(attention: AttentionMask, batch_size: int) -> torch.Tensor | Non
                 "flash attention keeps packed documents apart only in one row and without a cache; use "
                 "attn_implementation='sdpa' or 'flex_attention'"
             )
-    if attention.key_is_token is not None:
-        return attention.key_is_token
     has_gaps = attention.key_rank < 0
     return ~has_gaps if has_gaps.any() else None
 
@@ -1500,7 +1439,7 @@ class RecurrentGemmaForCausalLM(RecurrentGemmaPreTrainedModel, GenerationMixin):
         """Write text as Transformers does, with the cache under either of its names."""
         given = one_cache(cache, past_key_values)
         if given is not None:
-            kwargs[CACHE_NAME] = given
+            kwargs[CACHE_NAME] = RecurrentGemmaCache.adopt(given, self.config)
         return with_both_cache_names(super().generate(*args, **kwargs))
 
     def _prepare_cache_for_generation(
@@ -1532,9 +1471,9 @@ class RecurrentGemmaForCausalLM(RecurrentGemmaPreTrainedModel, GenerationMixin):
             model_kwargs.get(CACHE_NAME),
             model_kwargs.get("attention_mask"),
         )
-        if size is None or cache is None or CONTINUES_IN_CHUNKS or not _columns_seen(cache):
+        if size is None or cache is None or CONTINUES_IN_CHUNKS or not cache.get_seq_length():
             return
-        if mask is None or mask.shape[1] - _columns_seen(cache) > size:
+        if mask is None or mask.shape[1] - cache.get_seq_length() > size:
             logger.warning_once(
                 f"prefill_chunk_size={size}: this Transformers reads in chunks only what comes first; what follows the "
                 "cache is read at once, which gives the same text and takes more memory. Transformers 5.21 can do it."
@@ -1543,17 +1482,11 @@ class RecurrentGemmaForCausalLM(RecurrentGemmaPreTrainedModel, GenerationMixin):
 
     def _check_speculation(self, model_kwargs: dict[str, Any]) -> None:
         """Drafts stand directly behind the text, and what the model does not confirm is taken back from the cache."""
-        mask, cache = model_kwargs.get("attention_mask"), model_kwargs.get(CACHE_NAME)
+        mask = model_kwargs.get("attention_mask")
         if mask is not None and mask.ndim == 2 and not mask[:, -1].all():
             raise ValueError(
                 "padding on the right does not go with assisted and prompt-lookup decoding: drafts follow the last "
                 "column; leave the padding out, or pad on the left"
-            )
-        is_foreign = cache is not None and not isinstance(cache, RecurrentGemmaCache)
-        if is_foreign and "recurrent" in self.config.layers_block_type:
-            raise ValueError(
-                f"a {type(cache).__name__} cannot take back the state of recurrent layers, as assisted and "
-                "prompt-lookup decoding need; use a RecurrentGemmaCache (the default)"
             )
 
     def _prepare_position_ids_for_generation(self, inputs_tensor: torch.Tensor, model_kwargs: dict[str, Any]) -> Any:
@@ -1575,7 +1508,7 @@ class RecurrentGemmaForCausalLM(RecurrentGemmaPreTrainedModel, GenerationMixin):
     ) -> dict[str, Any]:
         """As in Transformers; where a prompt is padded on the right, the next token follows its last token."""
         mask, cache = attention_mask, one_cache(cache, past_key_values)
-        if isinstance(cache, RecurrentGemmaCache) and next_sequence_length is None:
+        if cache is not None and next_sequence_length is None:
             next_sequence_length = unread_columns(cache, input_ids, mask)
         model_inputs = super().prepare_inputs_for_generation(
             input_ids,
@@ -1599,28 +1532,12 @@ class RecurrentGemmaForCausalLM(RecurrentGemmaPreTrainedModel, GenerationMixin):
         config: RecurrentGemmaConfig,
         inputs_embeds: torch.Tensor,
         attention_mask: torch.Tensor | None,
-        cache: Cache | None = None,
-        position_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
         **kwargs: Any,
-    ) -> dict[str, torch.Tensor | None] | None:
+    ) -> dict[str, torch.Tensor] | None:
         """What a compiled forward gets instead of the growing 2D mask, so that its shapes stay the same."""
-        B, T = inputs_embeds.shape[:2]
-        cache = one_cache(cache, past_key_values)
-        if isinstance(cache, RecurrentGemmaCache):
-            return None if attention_mask is None else {"tokens": attention_mask[:, -T:].bool()}
-        mask = InputMask.read(attention_mask, cache, B, T)
-        if "attention" not in config.layers_block_type:
-            return {"tokens": mask.tokens}
-        columns = torch.arange(T, device=inputs_embeds.device)[None]
-        position = mask.positions(columns) if position_ids is None else position_ids
-        K, offset = cache.get_mask_sizes(T, config.layers_block_type.index("attention"))
-        W = config.attention_window_size
-        key = offset + torch.arange(K, device=columns.device)[None]
-        visible = AttentionMask(
-            mask.seen + columns, key, position.clamp(max=W), mask.tokens, mask.keys(offset, K), W, None, False, False
-        ).visible()
-        return {"tokens": mask.tokens, "custom": visible.expand(B, -1, -1, -1)}
+        if attention_mask is None:
+            return None
+        return {"tokens": attention_mask[:, -inputs_embeds.shape[1] :].bool()}
 
 
 # Tools look at a signature for what generate() takes, and people at its help.

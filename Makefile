@@ -59,6 +59,8 @@ test-unpinned:
 		hypothesis pytest pytest-timeout pytest-xdist absl-py einops flax jax jaxtyping sentencepiece "typeguard<3"
 	@$(UNPINNED)/bin/python $(PIP) install --no-deps recurrentgemma
 	@$(UNPINNED)/bin/python $(PIP) freeze | grep -E "^(torch|transformers|accelerate|huggingface_hub|safetensors)=="
+	@echo "the newest release there is, tested or not:"
+	-@$(UNPINNED)/bin/python $(PIP) index versions transformers | head -n 1
 	$(UNPINNED)/bin/recurrent-gemma generate "ROMEO:" --max-new-tokens 20 --seed 0
 	$(UNPINNED)/bin/python $(PYTEST) $(FIRST_DAY:%=tests/test_%.py)
 
@@ -101,5 +103,5 @@ $(VLLM)/installed: $(VLLM)/requirements pyproject.toml
 	@touch $@
 
 clean:
-	rm -rf .venv* .mypy_cache .pytest_cache .ruff_cache .hypothesis dist
+	rm -rf .venv .venv-python* .venv-oldest* .venv-unpinned* .venv-vllm* .mypy_cache .pytest_cache .ruff_cache .hypothesis dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

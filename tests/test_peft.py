@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
 from small_models import VARIANTS, build, tiny_config
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
@@ -251,3 +251,26 @@ def test_float16_keeps_the_recurrence_in_float32():
     model = RecurrentGemmaForCausalLM.from_pretrained(demo_checkpoint(), dtype=torch.bfloat16)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert Path(demo_checkpoint()).is_dir()
+
+
+@pytest.mark.filterwarnings(
+    "ignore:Position ids are not supported:UserWarning"
+)  # generate() passes them, peft drops them
+@pytest.mark.parametrize("blocks", [None, ["recurrent"]], ids=str)
+def test_prompt_tuning_puts_its_virtual_tokens_in_once(blocks: list[str] | None):
+    """Generating equals a forward over everything for each token."""
+    model = build(tiny_config(logits_soft_cap=0.0, **({} if blocks is None else {"block_types": blocks})), seed=3)
+    model = get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)).eval()
+    ids = text = torch.randint(3, 101, (1, 9))
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    with torch.no_grad():
+        for _ in range(6):
+            text = torch.cat([text, model(input_ids=text, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
+    assert torch.equal(model.generate(input_ids=ids, **options), text)
+
+
+def test_prefix_tuning_is_refused():
+    model = build(tiny_config(), seed=3)
+    model = get_peft_model(model, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)).eval()
+    with pytest.raises(ValueError, match=r"already holds keys or states .*prefix tuning.* LoRA and prompt tuning work"):
+        model(input_ids=torch.randint(3, 101, (1, 9)))

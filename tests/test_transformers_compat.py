@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import importlib
+import importlib.util
 import inspect
 import pkgutil
 import re
@@ -147,6 +148,56 @@ def test_tools_see_the_arguments_of_generate():
     assert "streamer" in theirs.parameters
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_outputs_are_made_and_changed_under_both_names(tiny_config, said, name: str):
+    model = RecurrentGemmaForCausalLM(tiny_config()).eval()
+    output = model(torch.randint(3, 265, (1, 5)))
+    one, two = RecurrentGemmaCache(model.config), RecurrentGemmaCache(model.config)
+    made = type(output)(logits=output.logits, **{name: one})
+    assert made.cache is made.past_key_values is made[name] is one
+    made[name] = two
+    assert made.cache is made.past_key_values is two
+    setattr(made, name, one)
+    assert made["cache"] is made["past_key_values"] is one
+    assert list(made.keys()) == ["logits", CACHE_NAME]
+    assert said == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_hooks_of_generate_take_both_names(tiny_config, said, name: str):
+    model = RecurrentGemmaForCausalLM(tiny_config()).eval()
+    ids, cache = torch.randint(3, 265, (1, 9)), RecurrentGemmaCache(model.config)
+    model(ids[:, :6], cache=cache)
+    mask = torch.ones_like(ids)
+    inputs = model.prepare_inputs_for_generation(ids, attention_mask=mask, **{name: cache})
+    assert torch.equal(inputs["input_ids"], ids[:, 6:]), "what the cache has read is not read again"
+    assert inputs[CACHE_NAME] is inputs["past_key_values"] is cache
+    masks = model.create_masks_for_generate(
+        config=model.config, inputs_embeds=torch.empty(1, 3, 0), attention_mask=mask, **{name: cache}
+    )
+    assert masks["tokens"].shape == (1, 3)
+    positional = model.prepare_inputs_for_generation(ids, 3, cache, mask)
+    assert torch.equal(positional["input_ids"], ids[:, 6:])
+    assert set(NAMES) <= set(model._skip_keys_device_placement), "accelerate moves no cache from layer to layer"
+    assert said == []
+
+
+def test_a_cache_of_another_copy_of_the_code_is_refused_once_it_holds_something(tiny_config):
+    """A package and a checkpoint's remote code have one each."""
+    spec = importlib.util.spec_from_file_location(
+        "recurrent_gemma_hf.another_copy", PACKAGE / "cache_recurrent_gemma.py"
+    )
+    copy = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(copy)
+    model = RecurrentGemmaForCausalLM(tiny_config()).eval()
+    ids, cache = torch.randint(3, 265, (1, 5)), copy.RecurrentGemmaCache(model.config)
+    assert model(ids, cache=cache).cache is cache, "an empty one becomes the model's"
+    assert type(cache) is RecurrentGemmaCache
+    cache.__class__ = copy.RecurrentGemmaCache
+    with pytest.raises(ValueError, match=r"filled by another copy of the code .*another_copy.* save\(\) it and load"):
+        model(ids, cache=cache)
+
+
 def test_pytrees_and_copies_of_outputs_keep_both_names(tiny_config):
     output = RecurrentGemmaForCausalLM(tiny_config()).eval()(torch.randint(3, 265, (1, 5)))
     leaves, spec = torch.utils._pytree.tree_flatten(output)
@@ -190,6 +241,7 @@ def test_the_declared_range_is_the_tested_one():
     ("version", "is_tested"),
     [
         ("4.57.1", False), ("5.16.1", False), ("5.17.0", True), ("5.17.0.dev0", True), ("5.24.3", True),
+        ("5.24rc1", True), ("5.25rc1", False),
         ("5.25.0", False), ("5.25.0.dev0", False), ("6.0.0rc1", False), ("6", False),
     ],
 )  # fmt: skip

@@ -980,7 +980,7 @@ class RecurrentGemmaModel(RecurrentGemmaPreTrainedModel):
             last_hidden_state=x,
             hidden_states=(*hidden_states, x) if output_hidden_states else None,
             attentions=tuple(attentions) if output_attentions else None,
-            **{CACHE_NAME: cache},
+            cache=cache,
         )
 
     def _check(
@@ -1383,7 +1383,7 @@ class RecurrentGemmaForCausalLM(RecurrentGemmaPreTrainedModel, GenerationMixin):
             logits=logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            **{CACHE_NAME: outputs.cache},
+            cache=outputs.cache,
         )
 
     def _targets(
@@ -1499,25 +1499,29 @@ class RecurrentGemmaForCausalLM(RecurrentGemmaPreTrainedModel, GenerationMixin):
     def prepare_inputs_for_generation(
         self,
         input_ids: torch.Tensor,
+        next_sequence_length: int | None = None,
+        cache: Cache | None = None,
         attention_mask: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
-        cache: Cache | None = None,
         past_key_values: Cache | None = None,
-        next_sequence_length: int | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """As in Transformers; where a prompt is padded on the right, the next token follows its last token."""
-        mask, cache = attention_mask, one_cache(cache, past_key_values)
-        if cache is not None and next_sequence_length is None:
-            next_sequence_length = unread_columns(cache, input_ids, mask)
+        mask, given = attention_mask, one_cache(cache, past_key_values)
+        own = None if given is None else RecurrentGemmaCache.adopt(given, self.config)
+        if own is not None and next_sequence_length is None:
+            next_sequence_length = unread_columns(own, input_ids, mask)
         model_inputs = super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
-            **{CACHE_NAME: cache},
+            **{CACHE_NAME: own},
             **kwargs,
         )
+        if own is not None:
+            # PEFT's prompt tuning looks for this name on every release, and without it puts its virtual tokens in anew.
+            model_inputs["past_key_values"] = own
         new = model_inputs["input_ids"] if model_inputs.get("input_ids") is not None else model_inputs["inputs_embeds"]
         T = new.shape[1]
         if mask is not None and mask.ndim == 2 and T > 1 and not mask[:, -1].all():
@@ -1602,7 +1606,7 @@ class RecurrentGemmaForSequenceClassification(RecurrentGemmaPreTrainedModel):
             logits=logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            **{CACHE_NAME: outputs.cache},
+            cache=outputs.cache,
         )
 
 

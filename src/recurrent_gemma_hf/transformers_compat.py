@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import transformers
+from packaging.version import Version
 from transformers import Cache, PreTrainedModel, logging
 from transformers.activations import ACT2FN
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
@@ -78,7 +79,7 @@ SUPPORTED_RELEASES = ("5.17", "5.25")
 
 
 def _release(version: str) -> tuple[int, ...]:
-    return tuple(map(int, version.split(".")[:2]))
+    return Version(version).release[:2]
 
 
 def release_problem(version: str) -> str | None:
@@ -102,8 +103,8 @@ CONTINUES_IN_CHUNKS = _release(transformers.__version__) >= (5, 21)
 # --- The name of the cache ----------------------------------------------------------------------------------------
 
 # From 5.24 on the cache is `cache` in forward(), generate(), their hooks and outputs; before it was `past_key_values`,
-# which 5.24 still takes, with a warning, until 5.40. Our classes take both names on every release, their outputs answer
-# to both, and neither warns. This is the one that the installed release passes and looks for.
+# which 5.24 still takes, with a warning, until 5.40 (generate() until 6.0). Our classes take both names on every
+# release, their outputs answer to both, and neither warns. This is the one that the installed release looks for.
 _OUTPUT_FIELDS = {field.name for field in dataclasses.fields(CausalLMOutputWithPast)}
 CACHE_NAME, OTHER_CACHE_NAME = (
     ("cache", "past_key_values") if "cache" in _OUTPUT_FIELDS else ("past_key_values", "cache")
@@ -125,7 +126,16 @@ def one_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | Non
 
 
 class _BothCacheNames:
-    """Makes an output answer to both names of the cache: as an attribute, as a key, in get() and in `in`."""
+    """Makes an output answer to both names of the cache: as an argument, an attribute, a key, in get() and in `in`."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{_field(name): value for name, value in kwargs.items()})
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(_field(name), value)
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        super().__setitem__(_field(key), value)  # type: ignore[misc]
 
     def __getitem__(self, key: Any) -> Any:
         return super().__getitem__(_field(key))  # type: ignore[misc]
@@ -145,27 +155,27 @@ def _field(key: Any) -> Any:
 setattr(_BothCacheNames, OTHER_CACHE_NAME, property(lambda output: getattr(output, CACHE_NAME)))
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(init=False)
 class RecurrentGemmaModelOutput(_BothCacheNames, BaseModelOutputWithPast):
     """BaseModelOutputWithPast whose cache answers to both names."""
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(init=False)
 class RecurrentGemmaCausalLMOutput(_BothCacheNames, CausalLMOutputWithPast):
     """CausalLMOutputWithPast whose cache answers to both names."""
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(init=False)
 class RecurrentGemmaSequenceClassifierOutput(_BothCacheNames, SequenceClassifierOutputWithPast):
     """SequenceClassifierOutputWithPast whose cache answers to both names."""
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(init=False)
 class _GenerateOutput(_BothCacheNames, GenerateDecoderOnlyOutput):
     pass
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(init=False)
 class _GenerateBeamOutput(_BothCacheNames, GenerateBeamDecoderOnlyOutput):
     pass
 
@@ -217,6 +227,7 @@ __all__ = [
     "ALL_PARALLEL_STYLES",
     "CACHE_NAME",
     "CONTINUES_IN_CHUNKS",
+    "OTHER_CACHE_NAME",
     "OVERRIDDEN",
     "READ",
     "SUPPORTED_RELEASES",

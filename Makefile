@@ -60,7 +60,7 @@ test-unpinned:
 	@$(UNPINNED)/bin/python $(PIP) install --no-deps recurrentgemma
 	@$(UNPINNED)/bin/python $(PIP) freeze | grep -E "^(torch|transformers|accelerate|huggingface_hub|safetensors)=="
 	@echo "the newest release there is, tested or not:"
-	-@$(UNPINNED)/bin/python $(PIP) index versions transformers | head -n 1
+	-@$(UNPINNED)/bin/python -m pip index versions transformers 2>/dev/null | head -n 1
 	$(UNPINNED)/bin/recurrent-gemma generate "ROMEO:" --max-new-tokens 20 --seed 0
 	$(UNPINNED)/bin/python $(PYTEST) $(FIRST_DAY:%=tests/test_%.py)
 

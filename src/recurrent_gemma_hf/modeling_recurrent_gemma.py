@@ -457,15 +457,9 @@ class RgLruCoefficients(torch.autograd.Function):
         return a, gated
 
     @staticmethod
-    def plain(
-        r_pre: torch.Tensor,
-        i_pre: torch.Tensor,
-        x: torch.Tensor,
-        softplus_D: torch.Tensor,
-        reset: torch.Tensor,
-        hold: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The same for autograd and every transform of torch."""
+    def plain(*inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compute the same for autograd and every transform of torch."""
+        r_pre, i_pre, x, softplus_D, reset, hold = inputs
         _, i, log_a, one_minus_a2 = RgLruCoefficients._parts(r_pre, i_pre, softplus_D)
         a, gated = log_a.exp().masked_fill(reset, 0.0), bounded_sqrt(one_minus_a2).masked_fill(reset, 1.0) * i * x
         return (a, gated) if hold is None else (a.masked_fill(hold, 1.0), gated.masked_fill(hold, 0.0))
@@ -580,7 +574,7 @@ class CausalConv1d(torch.autograd.Function):
 
     @staticmethod
     def plain(full: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, reach: torch.Tensor | None) -> torch.Tensor:
-        """The same for autograd and every transform of torch."""
+        """Compute the same for autograd and every transform of torch."""
         K, T = weight.shape[2], full.shape[1] - weight.shape[2] + 1
         out = bias.expand(full.shape[0], T, -1)
         for tap in range(K):

@@ -598,12 +598,13 @@ def _print_memory(name: str, rows: list[dict[str, Any]], size: str) -> None:
 def serve(context: typer.Context) -> None:
     """Serve over HTTP: `transformers serve`, its arguments and options (try --help), with this package's model."""
     from . import RecurrentGemmaForCausalLM
-    from .transformers_compat import transformers_serve
+    from .transformers_compat import transformers_command
 
     try:
-        transformers_serve(RecurrentGemmaForCausalLM, context.args)
+        command = transformers_command(RecurrentGemmaForCausalLM)
     except ModuleNotFoundError as error:
         _fail(str(error))
+    command(["serve", *context.args], prog_name="recurrent-gemma")
 
 
 # --- what the commands share ---

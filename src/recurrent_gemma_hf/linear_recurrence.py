@@ -75,8 +75,6 @@ def linear_recurrence(
     dtype = torch.promote_types(x_BTD.dtype, a_BTD.dtype)
     if h0_BD is not None:
         dtype = torch.promote_types(dtype, h0_BD.dtype)
-    if is_transformed():
-        return linear_recurrence_reference(x_BTD, a_BTD, h0_BD, reset_BT=reset_BT, output_dtype=output_dtype)
     name = resolve_backend(backend, x_BTD.device, dtype)
     return _BACKENDS[name].run(x_BTD, a_BTD, h0_BD, reset_BT=reset_BT, output_dtype=output_dtype)
 
@@ -536,7 +534,7 @@ def available_backends() -> tuple[str, ...]:
 
 
 def resolve_backend(name: str, device: torch.device | str, dtype: torch.dtype) -> str:
-    """The name of the implementation that runs for `name`, which may be "auto".
+    """Return the implementation that runs for `name`, which may be "auto"; under a transform of torch the reference.
 
     Args:
         name: one of `available_backends()`, or "auto" for what `set_backend` asks for: by default the first of them
@@ -548,6 +546,10 @@ def resolve_backend(name: str, device: torch.device | str, dtype: torch.dtype) -
         ValueError: no such backend, or it cannot serve this device or dtype.
     """
     device = torch.device(device)
+    if name not in (*_BACKENDS, "auto"):
+        raise ValueError(f"unknown backend {name!r}: choose one of {(*_BACKENDS, 'auto')}")
+    if is_transformed():
+        return "reference"
     remedy = 'choose backend="auto"'
     if name == "auto" and _asked_for != "auto":
         name, remedy = "chunked" if _asked_for == "portable" else _asked_for, 'call set_backend("auto")'
@@ -560,8 +562,6 @@ def resolve_backend(name: str, device: torch.device | str, dtype: torch.dtype) -
         raise ValueError(
             f"no backend takes dtype {dtype} on {device.type}: convert the inputs to one of {_FLOAT_DTYPES}"
         )
-    if name not in _BACKENDS:
-        raise ValueError(f"unknown backend {name!r}: choose one of {(*_BACKENDS, 'auto')}")
     refusal = _refusal(name, device, dtype)
     if refusal is not None:
         raise ValueError(f"backend {name!r} {refusal}, or {remedy}")

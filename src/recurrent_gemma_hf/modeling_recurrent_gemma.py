@@ -640,7 +640,7 @@ class RecurrentGemmaConv1d(nn.Conv1d):
         if inside is not None:
             return inside(self.weight, self.bias)
         # By a kernel wherever the scan is one, except for a single step of decoding, which is less than its launch.
-        if input.shape[1] != self.weight.shape[2] and not is_transformed():
+        if input.shape[1] != self.weight.shape[2]:
             scan_dtype = torch.promote_types(input.dtype, torch.float32)
             if resolve_backend("auto", input.device, scan_dtype) == "triton":
                 return causal_conv1d(input, self.weight, self.bias, reach)
@@ -1348,7 +1348,8 @@ class RecurrentGemmaForCausalLM(RecurrentGemmaPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            cache=one_cache(cache, past_key_values),
+            cache=cache,
+            past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
@@ -1460,11 +1461,8 @@ class RecurrentGemmaForCausalLM(RecurrentGemmaPreTrainedModel, GenerationMixin):
     @staticmethod
     def _check_chunks(generation_config: Any, model_kwargs: dict[str, Any]) -> None:
         """Reads at once what follows a cache, where this Transformers cannot go on from one in chunks."""
-        size, cache, mask = (
-            generation_config.prefill_chunk_size,
-            model_kwargs.get(CACHE_NAME),
-            model_kwargs.get("attention_mask"),
-        )
+        size = generation_config.prefill_chunk_size
+        cache, mask = model_kwargs.get(CACHE_NAME), model_kwargs.get("attention_mask")
         if size is None or cache is None or CONTINUES_IN_CHUNKS or not cache.get_seq_length():
             return
         if mask is None or mask.shape[1] - cache.get_seq_length() > size:

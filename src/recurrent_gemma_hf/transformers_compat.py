@@ -106,7 +106,7 @@ CONTINUES_IN_CHUNKS = _release(transformers.__version__) >= (5, 21)
 # which 5.24 still takes, with a warning, until 5.40 (generate() until 6.0). Our classes take both names on every
 # release, their outputs answer to both, and neither warns. This is the one that the installed release looks for.
 _OUTPUT_FIELDS = {field.name for field in dataclasses.fields(CausalLMOutputWithPast)}
-CACHE_NAME, OTHER_CACHE_NAME = (
+CACHE_NAME, _OTHER_CACHE_NAME = (
     ("cache", "past_key_values") if "cache" in _OUTPUT_FIELDS else ("past_key_values", "cache")
 )
 
@@ -149,10 +149,10 @@ class _BothCacheNames:
 
 
 def _field(key: Any) -> Any:
-    return CACHE_NAME if key == OTHER_CACHE_NAME else key
+    return CACHE_NAME if key == _OTHER_CACHE_NAME else key
 
 
-setattr(_BothCacheNames, OTHER_CACHE_NAME, property(lambda output: getattr(output, CACHE_NAME)))
+setattr(_BothCacheNames, _OTHER_CACHE_NAME, property(lambda output: getattr(output, CACHE_NAME)))
 
 
 @dataclasses.dataclass(init=False)
@@ -201,8 +201,9 @@ def with_both_cache_names(generated: Any) -> Any:
 # --- The command line ---------------------------------------------------------------------------------------------
 
 
-def transformers_serve(model_class: type[PreTrainedModel], arguments: list[str]) -> None:
-    """Run `transformers serve` with `arguments` and with `model_class` for the checkpoints that name its class.
+def transformers_command(model_class: type[PreTrainedModel]) -> Any:
+    """Return the `transformers` command as a typer app, able to serve, with `model_class` for the checkpoints that name
+    its class.
 
     Raises:
         ModuleNotFoundError: with what to install, where Transformers' server cannot run.
@@ -214,11 +215,11 @@ def transformers_serve(model_class: type[PreTrainedModel], arguments: list[str])
         raise ModuleNotFoundError(
             'what `transformers serve` needs is not installed; run: pip install "transformers[serving]"'
         )
-    # It asks neither the Auto classes nor remote code: it takes the class that the checkpoint names from the
-    # transformers module, where Transformers' own model has the same name. The module is looked up now: importing
-    # transformers.processing_utils puts a new one in the place of the one that this file was imported with.
+    # `transformers serve` asks neither the Auto classes nor remote code: it takes the class that the checkpoint names
+    # from the transformers module, where Transformers' own model has the same name. The module is looked up now:
+    # importing transformers.processing_utils puts a new one in the place of the one that this file was imported with.
     setattr(sys.modules["transformers"], model_class.__name__, model_class)
-    app(["serve", *arguments], prog_name="recurrent-gemma")
+    return app
 
 
 __all__ = [
@@ -227,7 +228,6 @@ __all__ = [
     "ALL_PARALLEL_STYLES",
     "CACHE_NAME",
     "CONTINUES_IN_CHUNKS",
-    "OTHER_CACHE_NAME",
     "OVERRIDDEN",
     "READ",
     "SUPPORTED_RELEASES",
@@ -243,7 +243,7 @@ __all__ = [
     "can_return_tuple",
     "one_cache",
     "release_problem",
-    "transformers_serve",
+    "transformers_command",
     "unread_columns",
     "with_both_cache_names",
 ]

@@ -24,8 +24,8 @@ from recurrent_gemma_hf.linear_recurrence import (
     resolve_backend,
     triton_refusal,
 )
-from recurrent_gemma_hf.modeling_recurrent_gemma import CausalConv1d
 from recurrent_gemma_hf.recurrent_block import causal_conv1d
+from recurrent_gemma_hf.rg_lru import CausalConv1d
 
 LIMITS = {torch.float32: 1e-4, torch.bfloat16: 4e-2}  # relative, in norm
 

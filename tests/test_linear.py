@@ -10,8 +10,8 @@ from torch import nn
 from torch._inductor.utils import run_and_get_code
 from torch.nn import functional as F
 
-import recurrent_gemma_hf.modeling_recurrent_gemma as modeling
-from recurrent_gemma_hf.modeling_recurrent_gemma import FEW_ROWS, RecurrentGemmaForCausalLM, _projected
+from recurrent_gemma_hf import RecurrentGemmaForCausalLM, cpu_linear
+from recurrent_gemma_hf.cpu_linear import FEW_ROWS, linear
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 5e-3, torch.float64: 1e-14}
 
@@ -35,10 +35,10 @@ def assert_near_float64(layer: nn.Linear, x: torch.Tensor, out: torch.Tensor) ->
 def test_equals_the_product_in_float64(dtype: torch.dtype, shape: tuple[int, ...], bias: bool):
     layer, x = layer_and_input(dtype, shape, bias=bias)
     with torch.no_grad():
-        assert_near_float64(layer, x, _projected(layer, x))
+        assert_near_float64(layer, x, linear(layer, x))
 
 
-@pytest.mark.skipif(not modeling.HAS_ONEDNN, reason="this torch has no oneDNN: there is one kernel only")
+@pytest.mark.skipif(not cpu_linear.HAS_ONEDNN, reason="this torch has no oneDNN: there is one kernel only")
 @pytest.mark.parametrize(
     ("dtype", "rows", "expected"),
     [
@@ -54,25 +54,25 @@ def test_takes_another_kernel_than_torch(monkeypatch, dtype: torch.dtype, rows: 
     onednn_at_linear = []
     original = F.linear
 
-    def linear(*args):
+    def spy(*args):
         onednn_at_linear.append(torch.backends.mkldnn.enabled)
         return original(*args)
 
-    monkeypatch.setattr(F, "linear", linear)
+    monkeypatch.setattr(F, "linear", spy)
     layer, x = layer_and_input(dtype, (rows, 80))
     with torch.no_grad():
-        _projected(layer, x)
+        linear(layer, x)
     assert onednn_at_linear == expected
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_with_gradients_and_autocast_it_is_nn_linear(dtype: torch.dtype):
     layer, x = layer_and_input(dtype, (1, 80))
-    assert torch.equal(_projected(layer, x), F.linear(x, layer.weight, layer.bias))
-    _projected(layer, x).sum().backward()
+    assert torch.equal(linear(layer, x), F.linear(x, layer.weight, layer.bias))
+    linear(layer, x).sum().backward()
     assert layer.weight.grad is not None
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        out = _projected(layer, x.float())
+        out = linear(layer, x.float())
         assert out.dtype == torch.bfloat16
 
 
@@ -81,13 +81,13 @@ def test_whoever_listens_to_a_layer_or_replaced_its_forward_is_heard():
     layer.register_forward_pre_hook(lambda *_: heard.append("before"))
     handle = layer.register_forward_hook(lambda *_: heard.append("after"))
     with torch.no_grad():
-        _projected(layer, x)
+        linear(layer, x)
     assert heard == ["before", "after"]
     handle.remove()
     (layer, x), original = layer_and_input(torch.float32, (1, 80)), nn.Linear.forward
     layer.forward = lambda x: heard.append("forward") or original(layer, x)
     with torch.no_grad():
-        _projected(layer, x)
+        linear(layer, x)
     assert heard[2:] == ["forward"]
 
 
@@ -102,7 +102,7 @@ def test_every_projection_is_what_quantizers_look_for(tiny_config):
 def test_onednn_is_on_again_after_an_error():
     layer, _ = layer_and_input(torch.bfloat16, (1, 80))
     with torch.no_grad(), pytest.raises(RuntimeError):
-        _projected(layer, torch.randn(1, 81).bfloat16())
+        linear(layer, torch.randn(1, 81).bfloat16())
     assert torch.backends.mkldnn.enabled
 
 
@@ -110,14 +110,14 @@ def test_onednn_stays_off_for_who_switched_it_off(monkeypatch):
     layer, x = layer_and_input(torch.bfloat16, (1, 80))
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
     with torch.no_grad():
-        _projected(layer, x)
+        linear(layer, x)
     assert not torch.backends.mkldnn.enabled
 
 
 def test_threads_share_the_switch():
     """One thread enters while another is inside, and leaves last."""
     entered, leave = threading.Event(), threading.Event()
-    switch = modeling._OneDnnOff()
+    switch = cpu_linear._OneDnnOff()
 
     def other() -> None:
         with switch:
@@ -145,7 +145,7 @@ def test_compiled_by_inductor(dtype: torch.dtype, inputs: int, bias: bool):
     layer, x = layer_and_input(dtype, (1, 1, inputs), bias=bias)
     torch.compiler.reset()  # it counts how often it compiled the function
     with torch.no_grad():
-        assert_near_float64(layer, x, torch.compile(_projected, fullgraph=True)(layer, x))
+        assert_near_float64(layer, x, torch.compile(linear, fullgraph=True)(layer, x))
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
@@ -154,7 +154,7 @@ def test_compiled_with_a_weight_that_stands_by_columns():
     layer.weight = nn.Parameter(layer.weight.t().contiguous().t())
     torch.compiler.reset()
     with torch.no_grad():
-        assert_near_float64(layer, x, torch.compile(_projected, fullgraph=True)(layer, x))
+        assert_near_float64(layer, x, torch.compile(linear, fullgraph=True)(layer, x))
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
@@ -164,7 +164,7 @@ def test_compiled_row_is_computed_once(inputs: int):
     layer, x = layer_and_input(torch.float32, (1, 1, 2 * inputs))
     layer.weight = nn.Parameter(layer.weight[:, :inputs].contiguous())
     x = x[..., ::2]  # a row that is not contiguous
-    compiled = torch.compile(lambda layer, x: _projected(layer, torch.sin(x)), fullgraph=True)
+    compiled = torch.compile(lambda layer, x: linear(layer, torch.sin(x)), fullgraph=True)
     with torch.no_grad():
         out, (code,) = run_and_get_code(compiled, layer, x)
         assert_near_float64(layer, torch.sin(x), out)
@@ -190,7 +190,7 @@ def test_one_row_is_no_product_when_compiled(dtype: torch.dtype, rows: int, is_p
 
     layer, x = layer_and_input(dtype, (rows, 80))
     torch.compiler.reset()
-    compiled = torch.compile(_projected, fullgraph=True, backend=backend)
+    compiled = torch.compile(linear, fullgraph=True, backend=backend)
     with torch.no_grad():
         assert_near_float64(layer, x, compiled(layer, x))
         exported = torch.export.export(Calling(layer), (x,))
@@ -207,4 +207,4 @@ class Calling(nn.Module):
         self.layer = layer
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return _projected(self.layer, x)
+        return linear(self.layer, x)

@@ -25,7 +25,7 @@ V = tiny_config().vocab_size
 
 @pytest.fixture(params=[2**27, 1000, 7], ids=["one block", "blocks", "rows and columns one by one"])
 def blocks(request, monkeypatch):
-    monkeypatch.setattr(MODULE, "_BLOCK_ELEMENTS", request.param)
+    monkeypatch.setattr(MODULE, "BLOCK_ELEMENTS", request.param)
 
 
 def problem(N: int = 63, E: int = 24, V: int = 131, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
@@ -117,7 +117,7 @@ def test_autocast_computes_in_its_dtype():
 
 def test_never_holds_the_logits(monkeypatch):
     """Peak of all allocations of a forward and backward: less than half of the logits (42 MB), most of it gradients."""
-    monkeypatch.setattr(MODULE, "_BLOCK_ELEMENTS", 2**18)
+    monkeypatch.setattr(MODULE, "BLOCK_ELEMENTS", 2**18)
     N, E, V = 512, 32, 20_480
     x, weight = torch.randn(N, E, requires_grad=True), torch.randn(V, E, requires_grad=True)
     peaks = {}
@@ -306,7 +306,7 @@ def test_compiled_model():
 @pytest.mark.parametrize("what", ["adapter on the head", "resized", "resized and tied", "bias"])
 def test_heads_of_other_kinds(what, monkeypatch):
     """Where the head is more than its weight, blocks of tokens go through it: the same again."""
-    monkeypatch.setattr(MODULE, "_BLOCK_ELEMENTS", 10 * V)
+    monkeypatch.setattr(MODULE, "BLOCK_ELEMENTS", 10 * V)
     model = build(tiny_config(tie_word_embeddings=what == "resized and tied"), seed=3).train()
     inputs = batch()
     if what == "adapter on the head":

@@ -13,9 +13,8 @@ from torchao.prototype.quantization.int4.inference_workflow import PrototypeInt4
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
 from transformers import AutoModelForCausalLM, AutoTokenizer, TorchAoConfig
 
-import recurrent_gemma_hf.modeling_recurrent_gemma as modeling
-from recurrent_gemma_hf import RecurrentGemmaConfig, RecurrentGemmaForCausalLM, demo_checkpoint
-from recurrent_gemma_hf.modeling_recurrent_gemma import FEW_INT8_ROWS, _projected
+from recurrent_gemma_hf import RecurrentGemmaConfig, RecurrentGemmaForCausalLM, cpu_linear, demo_checkpoint
+from recurrent_gemma_hf.cpu_linear import FEW_INT8_ROWS, linear
 
 TEXT = "ROMEO: But soft, what light through yonder window breaks?"
 PROJECTIONS = {"linear_x", "linear_y", "linear_out", "q_proj", "k_proj", "v_proj", "o_proj"}
@@ -94,12 +93,12 @@ def test_int8_product(monkeypatch, rows: int, bias: bool):
         x.double(), layer.weight.dequantize().double(), None if layer.bias is None else layer.bias.double()
     )
     with torch.no_grad():
-        out = _projected(layer, x)
+        out = linear(layer, x)
         assert out.shape == expected.shape
         assert (out.double() - expected).norm() <= 5e-3 * expected.norm()
-        monkeypatch.setattr(modeling, "_int8_linear", lambda *_: "taken")
-        taken = _projected(layer, x)
-    assert isinstance(taken, str) == (rows <= FEW_INT8_ROWS and modeling.HAS_ONEDNN)
+        monkeypatch.setattr(cpu_linear, "_int8_linear", lambda *_: "taken")
+        taken = linear(layer, x)
+    assert isinstance(taken, str) == (rows <= FEW_INT8_ROWS and cpu_linear.HAS_ONEDNN)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
@@ -113,7 +112,7 @@ def test_int8_product_compiled(inputs: int, dtype: torch.dtype):
     expected = F.linear(x.double(), layer.weight.dequantize().double(), layer.bias.double())
     torch.compiler.reset()  # it counts how often it compiled the function
     with torch.no_grad():
-        out, (code,) = run_and_get_code(torch.compile(_projected, fullgraph=True), layer, x)
+        out, (code,) = run_and_get_code(torch.compile(linear, fullgraph=True), layer, x)
     assert out.dtype == dtype
     assert out.shape == expected.shape
     assert (out.double() - expected).norm() <= {torch.float32: 2e-6, torch.bfloat16: 5e-3}[dtype] * expected.norm()

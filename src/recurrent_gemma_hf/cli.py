@@ -689,13 +689,13 @@ def _pick_dtype(name: str, device: torch.device, config: RecurrentGemmaConfig) -
     """The dtype that `name` asks for; "auto" is what from_pretrained takes."""
     import torch
 
-    from .modeling_recurrent_gemma import _is_cpu_without_bfloat16
+    from .cpu_linear import is_cpu_without_bfloat16
 
     if name not in DTYPES:
         _fail(f"--dtype {name} is unknown; give one of {', '.join(DTYPES)}")
     if name != "auto":
         return getattr(torch, name)
-    if config.dtype is None or _is_cpu_without_bfloat16(device):
+    if config.dtype is None or is_cpu_without_bfloat16(device):
         return torch.float32
     return config.dtype
 

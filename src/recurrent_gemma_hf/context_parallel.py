@@ -29,9 +29,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional as F
 
 from .configuration_recurrent_gemma import RecurrentGemmaConfig
+from .inputs import check_positions, document_positions, first_tokens, is_counted
 from .linear_cross_entropy import IGNORE_INDEX
 from .linear_recurrence import linear_recurrence
-from .modeling_recurrent_gemma import _check_positions, _document_positions, _first_tokens, _is_counted
 
 _SEGMENT = 4096  # tokens whose decays are held at once in the backward pass
 
@@ -75,20 +75,20 @@ def shard_sequence(batch: Mapping[str, Any], group: dist.ProcessGroup | DeviceMe
             f"(pad_to_multiple_of={ranks}), with labels of {IGNORE_INDEX}"
         )
     mask, labels = batch.get("attention_mask"), batch.get("labels")
-    positions = _document_positions(batch.get("position_ids"), dict(batch), B, T)
+    positions = document_positions(batch.get("position_ids"), dict(batch), B, T)
     _check_mask(mask, (B, T))
     _check_same_batch(tokens, labels, group)
     shard = SequenceShard(group, rank, ranks, rank * (T // ranks), T // ranks)
     whole = {name: batch[name] for name in ("input_ids", "inputs_embeds", "labels") if batch.get(name) is not None}
     if positions is not None:
         if positions.device.type == "cpu":
-            _check_positions(positions.expand(B, T), None if mask is None else mask.bool())
-        if not _is_counted(positions):  # else it is one document, and the model counts by itself
+            check_positions(positions.expand(B, T), None if mask is None else mask.bool())
+        if not is_counted(positions):  # else it is one document, and the model counts by itself
             whole["position_ids"] = positions
     if labels is not None:
         if labels.shape != (B, T):
             raise ValueError(f"labels of shape {tuple(labels.shape)} must be one per token, ({B}, {T})")
-        targets = labels.masked_fill(_first_tokens(labels, mask, positions), IGNORE_INDEX)
+        targets = labels.masked_fill(first_tokens(labels, mask, positions), IGNORE_INDEX)
         whole["shift_labels"] = F.pad(targets[:, 1:], (0, 1), value=IGNORE_INDEX)
     sharded: dict[str, Any] = {
         name: tensor.narrow(1, shard.offset, shard.length).contiguous() for name, tensor in whole.items()

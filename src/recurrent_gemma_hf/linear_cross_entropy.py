@@ -21,7 +21,7 @@ IGNORE_INDEX = -100
 
 # Elements of one block of logits: 0.5 GB in float32, of which two or three exist at a time. At V = 256,000 a block has
 # 524 tokens, enough for a matrix product to be bound by arithmetic rather than by reading the weight.
-_BLOCK_ELEMENTS = 2**27
+BLOCK_ELEMENTS = 2**27
 
 # Each copy of this file registers operators under its own module name, as linear_recurrence.py does.
 _NAMESPACE = re.sub(r"\W", "_", __name__, flags=re.ASCII)
@@ -124,7 +124,7 @@ def _token_losses(
     grad_NE = torch.zeros(x_NE.shape if want_gradient else (0, 0), dtype=dtype, device=x_NE.device)
     labelled_n = (labels_N != ignore_index).nonzero()[:, 0]
     with torch.autocast(x_NE.device.type, enabled=False):
-        for rows_R in labelled_n.split(max(1, _BLOCK_ELEMENTS // V)):
+        for rows_R in labelled_n.split(max(1, BLOCK_ELEMENTS // V)):
             labels_R = labels_N[rows_R]
             z_RV, slope_RV = _capped(x_NE[rows_R] @ weight_VE.t(), soft_cap)
             target_R = z_RV.gather(1, labels_R[:, None])[:, 0]
@@ -159,7 +159,7 @@ def _weight_gradient(
     x_nE, labels_n = x_NE[labelled_n], labels_N[labelled_n]
     lse_n1, grad_n1 = lse_N[labelled_n, None], grad_N[labelled_n, None]
     out_VE = torch.empty_like(weight_VE, memory_format=torch.contiguous_format)
-    size = max(1, _BLOCK_ELEMENTS // max(1, len(x_nE)))
+    size = max(1, BLOCK_ELEMENTS // max(1, len(x_nE)))
     with torch.autocast(x_NE.device.type, enabled=False):
         for start in range(0, V, size):
             z_nv, slope_nv = _capped(x_nE @ weight_VE[start : start + size].t(), soft_cap)
@@ -245,7 +245,7 @@ def chunked_cross_entropy(
     labels_N = labels_N.to(x_NE.device)
     if labels_N.device.type == "cpu" and not torch.compiler.is_compiling():
         check_labels(labels_N, vocab_size, ignore_index)
-    size = max(1, _BLOCK_ELEMENTS // vocab_size)
+    size = max(1, BLOCK_ELEMENTS // vocab_size)
     blocks = zip(x_NE.split(size), labels_N.split(size), strict=True)
     return torch.cat([torch.utils.checkpoint.checkpoint(losses, x, y, use_reentrant=False) for x, y in blocks])
 

@@ -189,11 +189,11 @@ def _activations(model: nn.Module, batch_size: int, tokens: int) -> tuple[list[i
 def _loss(model: Any, how: Strategy, tokens: int) -> int:
     """Blocks of logits at a time (linear_cross_entropy.py): two in float32, one more in a narrower dtype; and the
     gradient of the head where it is trained."""
-    from .linear_cross_entropy import _BLOCK_ELEMENTS
+    from .linear_cross_entropy import BLOCK_ELEMENTS
 
     head = model.get_output_embeddings()
     V, E = head.weight.shape
-    elements = min(tokens, max(1, _BLOCK_ELEMENTS // V)) * V
+    elements = min(tokens, max(1, BLOCK_ELEMENTS // V)) * V
     narrow = how.compute_dtype.itemsize if how.compute_dtype != torch.float32 else 0
     gradient = V * E * how.compute_dtype.itemsize if head.weight.requires_grad else 0
     return elements * (8 + narrow) + gradient

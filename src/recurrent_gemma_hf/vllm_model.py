@@ -69,9 +69,10 @@ from vllm.utils.torch_utils import direct_register_custom_op
 from vllm.v1.attention.backends.mamba_attn import BaseMambaAttentionMetadata
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 
+from .attention import rotate
 from .configuration_recurrent_gemma import RecurrentGemmaConfig
 from .linear_recurrence import linear_recurrence_varlen
-from .modeling_recurrent_gemma import RgLruCoefficients, rotate
+from .rg_lru import RgLruCoefficients
 from .vllm_plugin import padded_head_dim
 
 # --- The two operators that touch a request's state ----------------------------------------------------------------

@@ -1,0 +1,150 @@
+"""Linear layers on a CPU: the matrix product that reads the weights fastest, for float32, bfloat16 and int8 weights.
+
+Shapes: B batch, T tokens, E inputs, N outputs, K inputs of a product.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from .linear_recurrence import is_transformed
+
+ONEDNN: Any = torch.backends.mkldnn  # Any: its attributes are properties, made at run time
+HAS_ONEDNN = ONEDNN.is_available()
+FEW_ROWS = 256  # up to so many rows oneDNN's float32 product is the faster one on a CPU (benchmarks/LOG.md)
+FEW_INT8_ROWS = 16  # up to so many rows int8 weights are better multiplied as they are than converted first
+
+
+class _OneDnnOff:
+    """A context in which torch computes without oneDNN; threads share it, and the last to leave switches back on.
+
+    torch has this switch for the process as a whole: what another thread computes meanwhile is as right, and slower.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.inside = 0
+        self.was_on = True
+
+    def __enter__(self) -> None:
+        with self.lock:
+            if self.inside == 0:
+                self.was_on = ONEDNN.enabled
+                ONEDNN.enabled = False
+            self.inside += 1
+
+    def __exit__(self, *exception: object) -> None:
+        with self.lock:
+            self.inside -= 1
+            if self.inside == 0:
+                ONEDNN.enabled = self.was_on
+
+
+_onednn_off = _OneDnnOff()
+
+
+def fast_linear(x: torch.Tensor, weight: Any, bias: torch.Tensor | None) -> torch.Tensor | None:
+    """F.linear on a CPU by the kernel that reads the weights fastest; None where torch's own choice is to be taken.
+
+    What torch takes by itself leaves half of the memory's bandwidth unused when there are few rows, as in decoding:
+    in float32 MKL (on processors that are not Intel's it runs on one thread), in bfloat16 oneDNN (it repacks the
+    weights), with torchao's int8 weights a conversion of all of them. Measured in benchmarks/LOG.md. Under
+    torch.compile one row is a sum that Inductor makes a loop of its own of: faster than either library's product.
+    """
+    if x.device.type != "cpu" or torch.is_grad_enabled() or type(x) is not torch.Tensor or is_transformed():
+        return None
+    rows, dtype = x.numel() // x.shape[-1], x.dtype
+    if rows > FEW_ROWS or dtype != weight.dtype or torch.is_autocast_enabled("cpu"):
+        return None
+    if torch.compiler.is_compiling():
+        return _row_times_weight(x, weight, bias) if rows == 1 and not torch.compiler.is_exporting() else None
+    if not HAS_ONEDNN:
+        return None
+    if type(weight) is not nn.Parameter:
+        is_for_kernel = dtype == torch.bfloat16 and rows <= FEW_INT8_ROWS and x.shape[-1] % 4 == 0
+        return _int8_linear(x, weight, bias) if is_for_kernel and _is_int8_by_row(weight) else None
+    if dtype == torch.float32:
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    if dtype == torch.bfloat16 and rows == 1:
+        with _onednn_off:
+            return F.linear(x, weight, bias)
+    return None
+
+
+def _row_times_weight(x: torch.Tensor, weight: Any, bias: torch.Tensor | None) -> torch.Tensor | None:
+    """The product of one row as Inductor wants it: it calls MKL or oneDNN for anything that is written as a product.
+
+    What makes the row (a normalisation) would go into the loop, and be computed again for every row of the weight: the
+    strided views make Inductor store it first. Sums of more than 4096 terms get a slower loop, so long ones are cut.
+    """
+    if type(weight) is nn.Parameter and weight.dtype in (torch.float32, torch.bfloat16):
+        values, scale = weight, None
+    elif _is_int8_by_row(weight):
+        values, scale = weight.qdata, weight.scale.flatten().float()
+    else:
+        return None
+    parts, unit = _float32_parts(values)
+    inputs = parts[0].shape[1]
+    pieces = next((n for n in range(1, 9) if inputs % n == 0 and inputs // n <= 4096), 1)
+    row = x.reshape(-1).float()
+    shares = (row[i :: len(parts)].contiguous().as_strided((inputs,), (1,)) for i in range(len(parts)))
+    products = [
+        part.view(-1, pieces, inputs // pieces) * share.view(pieces, -1)
+        for part, share in zip(parts, shares, strict=True)
+    ]
+    out = sum(products[1:], products[0]).sum(-1).sum(-1)
+    out = out if scale is None else out * (scale * unit)
+    out = out if bias is None else out + bias
+    return out.to(x.dtype).view(*x.shape[:-1], -1)
+
+
+def _float32_parts(values_NK: torch.Tensor) -> tuple[list[torch.Tensor], float]:
+    """[values[:, i::n] / unit for i < n] in float32 and the unit, the n values that share 32 bits told apart by shifts:
+    n is 2 for bfloat16, the upper half of a float32, and 4 for int8. Conversions one by one are slower."""
+    n = 4 // values_NK.itemsize
+    in_words = values_NK.shape[1] % n == 0 and values_NK.is_contiguous() and sys.byteorder == "little"
+    if n == 1 or not in_words:
+        return [values_NK.float()], 1.0
+    bits = 32 // n
+    words = values_NK.view(torch.int32)
+    parts = [(words << (32 - bits * (i + 1))) & -(1 << (32 - bits)) for i in range(n)]
+    if values_NK.dtype.is_floating_point:
+        return [part.view(torch.float32) for part in parts], 1.0
+    return [part.float() for part in parts], 2.0 ** (bits - 32)
+
+
+def _int8_linear(x: torch.Tensor, weight: Any, bias: torch.Tensor | None) -> torch.Tensor:
+    scale = weight.scale.to(x.dtype).flatten()
+    out = torch.ops.aten._weight_int8pack_mm(x.reshape(-1, x.shape[-1]), weight.qdata, scale)
+    out = out.view(*x.shape[:-1], -1)
+    return out if bias is None else out.add_(bias)
+
+
+def _is_int8_by_row(weight: Any) -> bool:
+    """Whether these are torchao's int8 weights with one scale per row, and nothing done to the activations."""
+    if type(weight).__name__ != "Int8Tensor":
+        return False
+    by_row = weight.scale.numel() == weight.shape[0]
+    return by_row and weight.act_quant_kwargs is None and weight.act_pre_scale is None
+
+
+def linear(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """layer(x), by `fast_linear` where it can. The layers themselves are nn.Linear to the letter, which is what
+    quantizers look for; one with hooks, or with a forward that somebody (accelerate) has put before it, is called."""
+    if type(layer) is nn.Linear and not (layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer)):
+        out = fast_linear(x, layer.weight, layer.bias)
+        if out is not None:
+            return out
+    return layer(x)
+
+
+def is_cpu_without_bfloat16(device: torch.device | str) -> bool:
+    """Tell whether bfloat16 would be emulated on this device, ten times slower than float32."""
+    has_onednn = torch.backends.mkldnn.is_available()  # without it, as on a Mac, there is nothing to ask
+    return str(device) == "cpu" and has_onednn and not torch.ops.mkldnn._is_mkldnn_bf16_supported()

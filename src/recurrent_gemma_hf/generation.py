@@ -1,0 +1,143 @@
+"""What generate() needs beyond Transformers: this model's cache, prompts padded on the right, drafts, chunks.
+
+Shapes: B batch, T tokens of this forward.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from transformers import Cache, GenerationMixin, logging
+
+from .cache_recurrent_gemma import RecurrentGemmaCache
+from .configuration_recurrent_gemma import RecurrentGemmaConfig
+from .inputs import last_true
+from .transformers_compat import (
+    CACHE_NAME,
+    CONTINUES_IN_CHUNKS,
+    GenerationMode,
+    one_cache,
+    unread_columns,
+    with_both_cache_names,
+)
+
+logger = logging.get_logger(__name__)
+
+
+class RecurrentGemmaGenerationMixin(GenerationMixin):
+    """Transformers' generate(), with the cache of this model under either of its names."""
+
+    config: RecurrentGemmaConfig
+
+    def generate(
+        self, *args: Any, cache: Cache | None = None, past_key_values: Cache | None = None, **kwargs: Any
+    ) -> Any:
+        """Write text as Transformers does, with the cache under either of its names."""
+        given = one_cache(cache, past_key_values)
+        if given is not None:
+            kwargs[CACHE_NAME] = RecurrentGemmaCache.adopt(given, self.config)
+        return with_both_cache_names(super().generate(*args, **kwargs))
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: GenerationMode, *args: Any
+    ) -> None:
+        """Every `cache_implementation` is a RecurrentGemmaCache: it is dynamic and static at once."""
+        if generation_mode == GenerationMode.ASSISTED_GENERATION:
+            self._check_speculation(model_kwargs)
+        self._check_chunks(generation_config, model_kwargs)
+        if model_kwargs.get(CACHE_NAME) is not None or generation_config.use_cache is False:
+            return super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, *args)
+        kind = generation_config.cache_implementation or "dynamic"
+        if "offloaded" in kind or kind == "quantized":
+            logger.warning_once(
+                f"cache_implementation={kind!r}: the cache of this model has a constant size and stays on the device "
+                "in full precision."
+            )
+        cache = RecurrentGemmaCache(self.config, static="static" in kind)
+        if generation_config.is_assistant:
+            cache.activate_past_recording()
+        model_kwargs[CACHE_NAME] = cache
+        return None
+
+    @staticmethod
+    def _check_chunks(generation_config: Any, model_kwargs: dict[str, Any]) -> None:
+        """Reads at once what follows a cache, where this Transformers cannot go on from one in chunks."""
+        size = generation_config.prefill_chunk_size
+        cache, mask = model_kwargs.get(CACHE_NAME), model_kwargs.get("attention_mask")
+        if size is None or cache is None or CONTINUES_IN_CHUNKS or not cache.get_seq_length():
+            return
+        if mask is None or mask.shape[1] - cache.get_seq_length() > size:
+            logger.warning_once(
+                f"prefill_chunk_size={size}: this Transformers reads in chunks only what comes first; what follows the "
+                "cache is read at once, which gives the same text and takes more memory. Transformers 5.21 can do it."
+            )
+        generation_config.prefill_chunk_size = None
+
+    def _check_speculation(self, model_kwargs: dict[str, Any]) -> None:
+        """Drafts stand directly behind the text, and what the model does not confirm is taken back from the cache."""
+        mask = model_kwargs.get("attention_mask")
+        if mask is not None and mask.ndim == 2 and not mask[:, -1].all():
+            raise ValueError(
+                "padding on the right does not go with assisted and prompt-lookup decoding: drafts follow the last "
+                "column; leave the padding out, or pad on the left"
+            )
+
+    def _prepare_position_ids_for_generation(self, inputs_tensor: torch.Tensor, model_kwargs: dict[str, Any]) -> Any:
+        """Positions count tokens; padding behind them repeats the last one, so that the next token follows on."""
+        mask = model_kwargs.get("attention_mask")
+        if mask is None or mask.ndim != 2:
+            return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
+        return (mask.long().cumsum(1) - 1).clamp(min=0)
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.Tensor,
+        next_sequence_length: int | None = None,
+        cache: Cache | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """As in Transformers; where a prompt is padded on the right, the next token follows its last token."""
+        mask, given = attention_mask, one_cache(cache, past_key_values)
+        own = None if given is None else RecurrentGemmaCache.adopt(given, self.config)
+        if own is not None and next_sequence_length is None:
+            next_sequence_length = unread_columns(own, input_ids, mask)
+        model_inputs = super().prepare_inputs_for_generation(
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            **{CACHE_NAME: own},
+            **kwargs,
+        )
+        if own is not None:
+            # PEFT's prompt tuning looks for this name on every release, and without it puts its virtual tokens in anew.
+            model_inputs["past_key_values"] = own
+        new = model_inputs["input_ids"] if model_inputs.get("input_ids") is not None else model_inputs["inputs_embeds"]
+        T = new.shape[1]
+        if mask is not None and mask.ndim == 2 and T > 1 and not mask[:, -1].all():
+            tokens, earlier = mask[:, -T:].bool(), mask[:, :-T].bool()
+            if (earlier.any(1) & ~tokens.any(1)).any():
+                raise ValueError("padding on the right does not go with prefill_chunk_size; pad prompts on the left")
+            model_inputs["logits_to_keep"] = last_true(tokens).to(new.device)
+        return model_inputs
+
+    @staticmethod
+    def create_masks_for_generate(
+        config: RecurrentGemmaConfig,
+        inputs_embeds: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        **kwargs: Any,
+    ) -> dict[str, torch.Tensor] | None:
+        """What a compiled forward gets instead of the growing 2D mask, so that its shapes stay the same."""
+        if attention_mask is None:
+            return None
+        return {"tokens": attention_mask[:, -inputs_embeds.shape[1] :].bool()}
+
+
+# Tools look at a signature for what generate() takes, and people at its help.
+functools.update_wrapper(RecurrentGemmaGenerationMixin.generate, GenerationMixin.generate)

@@ -1,0 +1,69 @@
+"""The rules of the house: which file may import which. Read from the source, so that no import has to run."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import recurrent_gemma_hf
+
+PACKAGE = Path(recurrent_gemma_hf.__file__).parent
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+# What a checkpoint carries to the Hub, as its own code. Each file imports files above it only, wherever the import
+# stands: at its head, or in a function that needs Triton.
+CARRIED = (
+    "transformers_compat configuration_recurrent_gemma linear_cross_entropy linear_recurrence_triton linear_recurrence "
+    "cpu_linear recurrent_block rg_lru cache_recurrent_gemma inputs attention tensor_parallel generation "
+    "modeling_recurrent_gemma"
+).split()
+OPERATIONS = "linear_cross_entropy linear_recurrence_triton linear_recurrence cpu_linear recurrent_block rg_lru".split()
+# The kernels of the block take two constants from the file that calls them.
+CALLED_FROM_ABOVE = {("recurrent_block", "recurrent_block_triton")}
+
+
+def imports(path: Path) -> list[tuple[str, str]]:
+    """(module, name) of everything that a file imports: relative modules as "." and their path."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, "") for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            module = "." * node.level + (node.module or "")
+            found += [(module, alias.name) for alias in node.names]
+    return found
+
+
+@pytest.mark.parametrize("name", CARRIED)
+def test_a_carried_file_imports_files_above_it_alone(name: str):
+    ours = {module[1:] or imported for module, imported in imports(PACKAGE / f"{name}.py") if module.startswith(".")}
+    below = {file for file in ours if file not in CARRIED[: CARRIED.index(name)]}
+    assert {(name, file) for file in below} <= CALLED_FROM_ABOVE
+
+
+def test_the_model_reaches_every_carried_file():
+    """The order above names what the model imports, directly or not, and nothing else."""
+    reached, waiting = set(), ["modeling_recurrent_gemma"]
+    while waiting:
+        name = waiting.pop()
+        if name not in reached:
+            reached.add(name)
+            waiting += [m[1:] or n for m, n in imports(PACKAGE / f"{name}.py") if m.startswith(".")]
+    assert reached == {*CARRIED, "recurrent_block_triton"}
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_operations_know_neither_transformers_nor_the_configuration(name: str):
+    modules = {module for module, _ in imports(PACKAGE / f"{name}.py")}
+    assert not {m for m in modules if m.split(".")[0] == "transformers" or m.startswith((".config", ".transformers"))}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_no_private_name_crosses_a_file(path: Path):
+    private = {name for module, name in imports(path) if module.startswith(".") and name.startswith("_")}
+    assert not private
+
+
+@pytest.mark.parametrize("name", ["context_parallel", "vllm_model"])
+def test_users_of_the_parts_do_not_import_the_model_file(name: str):
+    assert not {m for m, _ in imports(PACKAGE / f"{name}.py") if m == ".modeling_recurrent_gemma"}

@@ -1,11 +1,11 @@
-"""The recurrent block, forward and backward, alone: ours with every backend, beside its peers; and two questions of it.
+"""Time the recurrent block alone, forward and backward: every backend of ours and the peers.
 
     python benchmarks/block.py [--device cuda] [--shapes 1x8192 8x8192] [--lru-widths 2560 3840]
 
-"inside" is what lies between the block's linear layers (convolution, gates, scan, gelu gate), with identities in their
-place; its floor is each tensor once at the speed of a copy. "block" is the whole of it; "products" its three matrix
-products alone, which is what a wider RNN may cost. "gate and up" and "q, k and v" compare products of their own with
-one fused product: one row of tokens, where launches count, and many.
+"inside" replaces the block's linear layers by identities and times the rest (convolution, gates, scan, gelu gate); its
+floor is each tensor moved once at the speed of a copy. "block" is the whole block, "products" its three matmuls alone,
+which bound the cost of a wider RNN. "gate and up" and "q, k and v" compare separate matmuls with one fused matmul, for
+one token, where launches dominate, and for many.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ PEERS: dict[str, Callable[..., Block]] = {f"ours: {name}": ours(name) for name i
 
 
 def products(config: RecurrentGemmaConfig, x_BTE: torch.Tensor, inside: bool) -> Block:
-    """The block's linear layers alone: what the block would cost if its inside were free."""
+    """Build the block's linear layers alone: the cost of the block if its inside were free."""
     E, D = config.hidden_size, config.lru_width
     layers = [(nn.Linear(E, D), nn.Linear(E, D), nn.Linear(D, E))]
     x_layer, y_layer, out_layer = (layer.to(x_BTE.device, x_BTE.dtype) for layer in layers[0])
@@ -108,7 +108,7 @@ def products(config: RecurrentGemmaConfig, x_BTE: torch.Tensor, inside: bool) ->
 
 
 def jax_block(config: RecurrentGemmaConfig, x_BTE: torch.Tensor, direction: str) -> Callable[[], Any]:
-    """Google's whole block, compiled, with the scan that its AUTO chooses."""
+    """Build Google's whole block, compiled, with the scan that its AUTO chooses."""
     jax = needed("jax")
     modules = needed("recurrentgemma.jax.modules")
     wanted = "gpu" if x_BTE.is_cuda else "cpu"
@@ -133,7 +133,7 @@ def jax_block(config: RecurrentGemmaConfig, x_BTE: torch.Tensor, direction: str)
 
 
 def call(block: Block, x_BTE: torch.Tensor, direction: str) -> Callable[[], Any]:
-    """Forward, or forward and backward with the gradients of everything."""
+    """Return a function that runs the forward, or forward and backward with all gradients."""
     if direction == "forward":
 
         def forward() -> None:
@@ -146,7 +146,7 @@ def call(block: Block, x_BTE: torch.Tensor, direction: str) -> Callable[[], Any]
 
 
 def fused_or_not(config: RecurrentGemmaConfig, rows: int, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """The products in question: a name, and the widths of the weights that one fused weight would replace."""
+    """Return the matmuls to compare: a name, and the widths of the weights that one fused weight would replace."""
     E, kv = config.hidden_size, config.num_key_value_heads * config.head_dim
     widths = {"gate and up": [config.intermediate_size // 2] * 2, "q, k and v": [E, kv, kv]}
     x = torch.randn(1, rows, E, device=device).to(dtype)

@@ -1,12 +1,12 @@
-"""What does it cost a recurrent layer that its sequence lies on several ranks, and what would waiting in line cost?
+"""Measure the cost of context parallelism in a recurrent layer, compared with passing the state from rank to rank.
 
     OMP_NUM_THREADS=2 python benchmarks/context_parallel.py
 
-Forward and backward of one chunk, in one process: the recurrence by itself; the recurrence as
-`SequenceShard.linear_recurrence` runs it (one more pass in each direction, so that no rank waits); and the whole
-residual block, recurrence included, in which that pass is paid. Handing the state from rank to rank needs no such pass
-but makes the last of N ranks wait for N - 1 recurrences, at each layer where a collective (FSDP) keeps ranks together.
-Messages are not part of it: their size is in tests/distributed_worker.py.
+Forward and backward of one chunk, in one process: the recurrence alone; the recurrence as
+`SequenceShard.linear_recurrence` runs it (one extra pass per direction, so that no rank waits); and the whole residual
+block with its recurrence, to relate the extra pass to. Passing the state from rank to rank needs no extra pass but
+makes the last of N ranks wait for N - 1 recurrences, at each layer where a collective (FSDP) synchronises the ranks.
+Messages are not timed: tests/distributed_worker.py checks their size.
 """
 
 import torch

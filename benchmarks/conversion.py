@@ -1,11 +1,11 @@
-"""Converting a checkpoint of the 2B shape (bfloat16, random): peak memory, and speed beside `cp` on the same disk.
+"""Measure converting a checkpoint of the 2B shape (bfloat16, random): peak memory, and speed compared with `cp`.
 
     python benchmarks/conversion.py FOLDER         # an empty folder with 20 GB free; what is written there is removed
     python benchmarks/conversion.py FOLDER --9b    # Orbax to HF at the 9B shape instead: 35 GB free
 
-Checkpoints are made by the official code. Before each timing the source leaves the page cache; each timing includes
-the write reaching the disk. Memory is what a script's process peaks at, less what its imports alone take; "without
-mapped files" leaves out the pages of the source, which the system takes back when it needs them (sampled every 20 ms).
+The official code creates the checkpoints. Before each timing the source is dropped from the page cache; each timing
+includes flushing the result to disk. Memory is the peak of a script's process minus the peak of its imports alone;
+"without mapped files" excludes the reclaimable pages of the source (sampled every 20 ms). `cp` runs on the same disk.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ with torch.device("meta"):
     shapes = official.Griffin(config, gradient_checkpointing=False, dtype=torch.bfloat16).state_dict()
 torch.save({name: torch.empty(s.shape, dtype=s.dtype).normal_(std=1 / 64) for name, s in shapes.items()}, sys.argv[1])
 """
-# Layer by layer: the 9B shape is 17 GB. The numbers repeat at a distance that no compressor of Orbax looks back.
+# Written layer by layer: the 9B shape is 17 GB. The values repeat beyond the window of Orbax's compressors.
 MAKE_ORBAX_9B = """
 import jax, json, numpy as np, orbax.checkpoint, pathlib, shutil, sys
 from recurrentgemma import common, jax as official
@@ -68,7 +68,7 @@ for key, layer in shapes.items():
     shutil.rmtree(path / "part")
 (path / "_METADATA").write_text(json.dumps(whole))
 """
-# Linux hands the peak of a process's parent down to it in getrusage, but not in VmHWM.
+# On Linux getrusage inherits the parent's peak; VmHWM does not.
 PEAK = """
 import runpy, sys, threading, time
 def status(key):
@@ -100,7 +100,7 @@ def run(code: str, *arguments: object) -> str:
 
 
 def peak_gb(*arguments: object) -> list[float]:
-    """Runs a conversion script (none: its imports alone); its peak resident memory, with and without mapped files."""
+    """Run a conversion script (none: imports only); return its peak memory, with and without mapped files."""
     return [int(kb) * 1024 / 1e9 for kb in run(PEAK, CONVERSION, *arguments).split()[-2:]]
 
 
@@ -109,7 +109,7 @@ def files(path: Path) -> list[Path]:
 
 
 def forget(path: Path) -> None:
-    """Drops the files from the page cache."""
+    """Drop the files from the page cache."""
     for file in files(path):
         descriptor = os.open(file, os.O_RDONLY)
         os.fsync(descriptor)
@@ -118,7 +118,7 @@ def forget(path: Path) -> None:
 
 
 def timed(source: Path, work) -> tuple[float, float]:
-    """Seconds until the result of `work` is on the disk, and what `work` returned."""
+    """Return the seconds until the result of `work` is on the disk, and the value that `work` returned."""
     forget(source)
     start = time.perf_counter()
     result = work()

@@ -1,8 +1,8 @@
-"""Is it right on this device? Run before any number: the model beside itself on the CPU and beside the official code.
+"""Check correctness on this device before timing: compare the model with itself on the CPU and with the official code.
 
     python benchmarks/correct.py [--device cuda]
 
-Each line is a claim with its deviation and its limit; one that fails makes the exit status 1.
+Each line is a claim with its deviation and its limit. The exit status is 1 if any claim fails.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def scans(device: torch.device) -> list[tuple[str, Callable[[], tuple[float, flo
 
 
 def convolutions(device: torch.device) -> list[tuple[str, Callable[[], tuple[float, float]]]]:
-    """By itself, as where the block is not fused; with its gradients."""
+    """Check the convolution of the unfused block, and its gradients."""
     refusal = triton_refusal(device)
     if refusal is not None:
         print(f"convolution: triton {refusal}")
@@ -123,7 +123,7 @@ def models(device: torch.device) -> list[tuple[str, Callable[[], tuple[float, fl
 
 
 def generation(device: torch.device) -> list[tuple[str, Callable[[], tuple[float, float]]]]:
-    """Greedy text of the demo model: on the device, compiled, and far into a text, as on the CPU."""
+    """Compare greedy text of the demo model with the CPU's: on the device, compiled, and far into a text."""
     reference = AutoModelForCausalLM.from_pretrained(demo_checkpoint(), dtype=torch.float32)
     model = copy.deepcopy(reference).to(device)
     ids = torch.randint(2, 900, (2, 40))
@@ -139,7 +139,7 @@ def generation(device: torch.device) -> list[tuple[str, Callable[[], tuple[float
         return differs(cache_implementation="static", compile_config=config)
 
     def far() -> tuple[float, float]:
-        """A step at position 10 and one at 1,000,000 beside the same on the CPU."""
+        """Compare the steps at positions 10 and 1,000,000 with those on the CPU."""
         worst = 0.0
         for position in (10, 1_000_000):
             outs = []

@@ -1,15 +1,14 @@
-"""Writing token after token: milliseconds per token, ours beside its peers, and beside what reading the weights takes.
+"""Time decoding: milliseconds per token for ours and the peers, and the share of the memory-bandwidth floor.
 
     python benchmarks/decode.py [--device cuda] [--contexts 1000 8192 1000000] [--batch 1]
     python benchmarks/decode.py --weights int8 --peers ours      # torchao's weight-only quantization (CPU)
     python benchmarks/decode.py --size 2b --weights int8 --dtype bfloat16 --peers ours in-tree --float32 in-tree
 
-The floor of a step is the time to read every weight once and the state of every row, at the bandwidth that the fastest
-read in the same run reached. Peers take turns, so that a disturbance of the machine meets all of them. A CPU's memory
-may be shared with other machines and twice as fast a second later: there every step has a read of half a gigabyte
-after it, and the share of the floor is the median of the steps. A peer named after --float32 runs in float32, whatever
---dtype and --weights say of the others. In-tree and ours (compiled or not) share their weights in memory where they
-have the same.
+The floor of a step is the time to read every weight and the state of every row once, at the bandwidth of the fastest
+read of the same run. Peers are interleaved, so that a disturbance of the machine affects all of them. The bandwidth of
+a CPU's memory that is shared with other machines can double within a second: on a CPU each step is followed by a read
+of half a gigabyte, and the share of the floor is the median over the steps. Peers named after --float32 run in float32,
+independently of --dtype and --weights. In-tree and ours (compiled or not) share equal weights in memory.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ FULL_ATTENTION = ("gemma", "gemma, flash")  # their state grows: no million toke
 
 
 def quantize(peer: Any, weights: str) -> None:
-    """As docs/quantization.md does it, the head included."""
+    """Quantize as in docs/quantization.md, including the head."""
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
     if weights == "int8":
@@ -55,14 +54,14 @@ def quantize(peer: Any, weights: str) -> None:
 
 
 def tensor_bytes(tensor: torch.Tensor) -> int:
-    """Also of torchao's tensors, which are made of several."""
+    """Return the bytes of a tensor, including torchao's, which consist of several."""
     if hasattr(tensor, "__tensor_flatten__") and type(tensor) is not torch.nn.Parameter:
         return sum(tensor_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
     return tensor.numel() * tensor.element_size()
 
 
 class Decoding:
-    """The peers of one run, and what is measured of them."""
+    """Holds the peers of one run and measures them."""
 
     def __init__(self, args: Any, add: Callable[[dict], None]) -> None:
         self.args, self.add = args, add
@@ -71,12 +70,12 @@ class Decoding:
         self.made: dict[str, Any] = {}
 
     def refused(self, row: dict[str, Any]) -> None:
-        """Rows of attempts that only prepare: kept where they failed."""
+        """Record the row of a preparatory attempt if it failed."""
         if "error" in row:
             self.add(row)
 
     def form(self, name: str) -> tuple[torch.dtype, str]:
-        """Dtype and weights of a peer."""
+        """Return the dtype and the weights of a peer."""
         return (torch.float32, AS_THEY_ARE) if name in self.args.float32 else (self.args.dtype, self.args.weights)
 
     def build(self, names: list[str]) -> None:
@@ -110,7 +109,7 @@ class Decoding:
         return {**about, "dtype": str(dtype), "size": self.args.size}
 
     def started(self, context: int) -> dict[str, Callable[[], None]]:
-        """A step of every peer that can, compiled and captured."""
+        """Return a step, compiled and captured, of every peer that can run."""
         steps: dict[str, Callable[[], None]] = {}
         for name, peer in self.made.items():
             if name in FULL_ATTENTION and context > 200_000:
@@ -128,7 +127,7 @@ class Decoding:
         return steps
 
     def turn(self, name: str, step: Callable[[], None], read_bytes: int) -> tuple[float, list[float]]:
-        """Milliseconds per token of one turn, and the shares of the floor in it: of every token on a CPU."""
+        """Return the milliseconds per token of one turn, and its shares of the floor (on a CPU for every token)."""
         if self.args.device.type != "cpu":
             clock = Clock(torch.device("cpu")) if self.made[name].jits else self.clock
 

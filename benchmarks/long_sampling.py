@@ -1,4 +1,4 @@
-"""200,000 tokens from the demo model in one go: time per token and resident memory, beside a transformer's.
+"""Sample 200,000 tokens from the demo model: time per token and resident memory, compared with a transformer.
 
     python benchmarks/long_sampling.py [--tokens 200000] [--transformer-tokens 20000]
 
@@ -28,7 +28,7 @@ FIGURE = Path(__file__).parents[1] / "docs" / "long_sampling.png"
 
 @torch.inference_mode()
 def sample(model: torch.nn.Module, tokens: int, name: str) -> list[dict[str, float | int | str]]:
-    """Samples one token after another; a row of measurements for every thousand."""
+    """Sample one token after another and return a row of measurements per thousand."""
     model.eval()
     process, rows = psutil.Process(), []
     ids, cache = torch.tensor([[2]]), None

@@ -1,10 +1,10 @@
-"""Does `recurrent-gemma memory` tell the truth? Its peak beside the allocator's, for every strategy that runs here.
+"""Compare the peak of `recurrent-gemma memory` with the allocator's, for every strategy that runs on this machine.
 
     python benchmarks/memory.py --hidden-size 512 --layers 12 --vocab-size 32000 --tokens 2048
 
-Every allocation and release of the second training step is counted (torch's profiler), on top of the weights and the
-optimizer state that are there before it. Also: one step at a vocabulary of 256,000 with the loss of all logits and
-with ours (`--loss`), measured in the same way and as the resident memory of the process.
+torch's profiler counts every allocation and release of the second training step, in addition to the existing weights
+and optimizer state. `--loss` compares one step at a vocabulary of 256,000 with the loss of all logits and with ours,
+measured in the same way and as the resident memory of the process.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from recurrent_gemma_hf.memory import STRATEGIES, training_memory
 
 
 def allocated_peak(step: Callable[[], object]) -> int:
-    """Bytes that torch had allocated at most during the step, beyond what was there before."""
+    """Return the peak of the bytes that torch allocated during the step, beyond those allocated before."""
     with torch.profiler.profile(profile_memory=True) as profile:
         step()
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
@@ -37,7 +37,7 @@ def allocated_peak(step: Callable[[], object]) -> int:
 
 
 def measured_peak(config, strategy: str, tokens: int, checkpointing: bool, rank: int = 16) -> int:
-    """Of the second training step of a model that exists; QLoRA is not among the strategies that this can build."""
+    """Return the peak of the second training step of a real model. Does not support QLoRA."""
     how = STRATEGIES[strategy]
     torch.manual_seed(0)
     model = RecurrentGemmaForCausalLM(config)
@@ -88,7 +88,7 @@ def compare(options: argparse.Namespace) -> None:
 
 
 def one_step(kind: str, tokens: int, hidden_size: int, dtype: str) -> dict[str, float]:
-    """Peak of one forward and backward at a vocabulary of 256,000, in this process."""
+    """Measure the peak of one forward and backward at a vocabulary of 256,000, in this process."""
     torch.manual_seed(0)
     model = RecurrentGemmaForCausalLM(our_config(hidden_size, 3, hidden_size // 64, 2048, 256_000))
     model.to(getattr(torch, dtype)).train()
@@ -119,7 +119,7 @@ def main() -> None:
     parser.add_argument("--vocab-size", type=int, default=32_000)
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of --loss")
-    parser.add_argument("--loss", action="store_true", help="compare the two ways to the loss instead")
+    parser.add_argument("--loss", action="store_true", help="compare the two losses instead")
     parser.add_argument("--one-step", choices=["plain", "ours"], help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one_step:

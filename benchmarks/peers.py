@@ -1,7 +1,7 @@
-"""What is compared, of one size, and how a comparison is measured and written down.
+"""Define the peers of equal size, and how the scripts measure and record a comparison.
 
 Every script of this folder runs on a CPU and on a GPU with the same code (`--device`, `--size`, `--dtype`). A peer that
-is not installed or fails is a row that says why. Shapes: B batch, T tokens, E hidden_size, V vocabulary.
+is not installed or fails gets a row with the reason. Shapes: B batch, T tokens, E hidden_size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def synchronize() -> None:
 
 
 def seconds(run: Callable[[], Any], repeats: int, warmup: int = 1) -> float:
-    """Wall time of the fastest of `repeats` runs: noise on a shared machine only ever adds."""
+    """Return the wall time of the fastest of `repeats` runs, because noise on a shared machine only adds time."""
     for _ in range(warmup):
         run()
     best = math.inf
@@ -90,16 +90,16 @@ def seconds(run: Callable[[], Any], repeats: int, warmup: int = 1) -> float:
 
 @dataclass
 class Clock:
-    """Milliseconds of one call: on a GPU the median between events, on a CPU the fastest by wall time."""
+    """Measures the milliseconds of one call: on a GPU the median between events, on a CPU the minimum wall time."""
 
     device: torch.device
 
     @cached_property
     def _flush(self) -> torch.Tensor:
-        return torch.empty(1 << 28, dtype=torch.int8, device=self.device)  # several times any second-level cache
+        return torch.empty(1 << 28, dtype=torch.int8, device=self.device)  # several times any L2 cache
 
     def ms(self, run: Callable[[], Any], repeats: int = 10, warmup: int = 3, flush: bool = False) -> float:
-        """`flush` empties the GPU's second-level cache before each call: for kernels whose data would stay there."""
+        """Time `run`. `flush` empties the GPU's L2 cache before each call, for kernels whose data would stay there."""
         if self.device.type != "cuda":
             return seconds(run, repeats, min(warmup, 1)) * 1e3
         for _ in range(warmup):
@@ -117,7 +117,7 @@ class Clock:
 
 @dataclass
 class Limits:
-    """What the machine can do, measured in the same run: the floors of everything else."""
+    """Measures the limits of the machine in the same run: the floors of all other timings."""
 
     device: torch.device
     dtype: torch.dtype
@@ -135,7 +135,7 @@ class Limits:
 
     @cached_property
     def copy(self) -> float:
-        """Bytes per second of a copy, those read and those written."""
+        """Return the bytes per second of a copy, read plus written."""
         source, target = torch.randn(2, self.elements, device=self.device)
         return 8 * self.elements / self._ms(lambda: target.copy_(source)) * 1e3
 
@@ -145,18 +145,18 @@ class Limits:
         return torch.randn(self.elements // columns, columns, device=self.device)
 
     def read_once(self) -> float:
-        """Bytes per second of a sum, as fast as the memory is at this moment."""
+        """Return the bytes per second of one sum: the memory bandwidth at this moment."""
         return 4 * self.elements / Clock(self.device).ms(self._matrix.sum, repeats=1, warmup=0) * 1e3
 
     @cached_property
     def read(self) -> float:
-        """Bytes per second that a sum or a matrix-vector product reads, whichever is faster: decoding's limit."""
+        """Return the bytes per second read by the faster of a sum and a matrix-vector product, decoding's limit."""
         matrix, vector = self._matrix, torch.ones(self._matrix.shape[1], device=self.device)
         return 4 * self.elements / min(self._ms(matrix.sum), self._ms(lambda: torch.mv(matrix, vector))) * 1e3
 
     @cached_property
     def flops(self) -> float:
-        """Floating-point operations per second of a large matrix product in `dtype`."""
+        """Return the floating-point operations per second of a large matmul in `dtype`."""
         a, b = (torch.randn(self.side, self.side, device=self.device).to(self.dtype) for _ in range(2))
         return 2 * self.side**3 / self._ms(lambda: a @ b) * 1e3
 
@@ -168,22 +168,22 @@ class Limits:
 
 
 class Missing(Exception):
-    """A peer that cannot take part, and why."""
+    """Says why a peer cannot run."""
 
 
 def needed(module: str) -> Any:
-    """Imports what only a peer needs."""
+    """Import a module that only a peer needs."""
     try:
         return importlib.import_module(module)
-    except Exception as error:  # whatever a foreign package does at import: the peer is missing, and the row says why
+    except Exception as error:  # an import may fail in any way; the row gives the reason
         raise Missing(f"import {module}: {type(error).__name__}: {error}") from error
 
 
 def materialized(
     build: Callable[[], torch.nn.Module], device: torch.device, dtype: torch.dtype, twin: torch.nn.Module | None = None
 ) -> torch.nn.Module:
-    """A model with small random weights, without the minutes that initialisation takes at 2B; or, for want of memory,
-    with those of its `twin`, whose parameters have the same names."""
+    """Build a model with small random weights, skipping the initialisation, which takes minutes at 2B. To save memory,
+    `twin` shares its weights under the same names."""
     torch.manual_seed(0)
     with torch.device("meta"):
         model = build().to(dtype)
@@ -198,51 +198,51 @@ def materialized(
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.uniform_(-0.01, 0.01)
-    for name, buffer in buffers.items():  # RoPE's frequencies and the like, which no checkpoint holds: any numbers do
+    for name, buffer in buffers.items():  # not in checkpoints (RoPE frequencies, ...): any values will do
         owner, _, last = name.rpartition(".")
         setattr(model.get_submodule(owner), last, torch.ones_like(buffer, device=device))
     return model
 
 
 class Peer:
-    """One model on one device. Subclasses say how it is run; state of decoding is made by `decoder`."""
+    """Represents one model on one device. Subclasses run it; `decoder` creates the state for decoding."""
 
     name: str
-    jits = False  # compiles by itself and returns when the device is done
+    jits = False  # compiles itself and returns when the device is done
 
     def prefill(self, ids_BT: torch.Tensor) -> None:
         raise NotImplementedError
 
     def train(self, ids_BT: torch.Tensor) -> None:
-        """Forward, loss and gradients."""
+        """Run forward, loss and backward."""
         raise NotImplementedError
 
     def decoder(self, batch: int, context: int) -> Callable[[], None]:
-        """What writes one more token per call, with `context` tokens seen."""
+        """Return a function that decodes one token per call after `context` tokens."""
         raise NotImplementedError
 
     def cache_bytes(self, context: int) -> int:
-        """State of one sequence."""
+        """Return the bytes of the state of one sequence."""
         raise NotImplementedError
 
     def weight_bytes(self) -> int:
-        """What one step of decoding reads of the weights: all but the rows of an untied embedding."""
+        """Return the bytes of weights read by one decoding step: all except an untied embedding."""
         raise NotImplementedError
 
     def flops(self, tokens: int, training: bool) -> float:
-        """Floating-point operations of a row of `tokens`: matrix products, and attention where it looks."""
+        """Return the floating-point operations for a row of `tokens`: matmuls, and attention within its mask."""
         raise NotImplementedError
 
 
 def _attention_pairs(tokens: int, window: int | None) -> float:
-    """(query, key) pairs of a row of tokens."""
+    """Return the number of (query, key) pairs in a row of tokens."""
     if window is None or tokens <= window + 1:
         return tokens * (tokens + 1) / 2
     return (window + 1) * (window + 2) / 2 + (tokens - window - 1) * (window + 1)
 
 
 class TorchPeer(Peer):
-    """What the models in PyTorch share."""
+    """Implements the parts common to the PyTorch models."""
 
     model: torch.nn.Module
 
@@ -266,10 +266,10 @@ class TorchPeer(Peer):
 
 
 class HuggingFacePeer(TorchPeer):
-    """Models of the Transformers interface."""
+    """Runs models with the Transformers interface."""
 
     def new_cache(self) -> Any:
-        # The in-tree model returns no cache, and forgets its keys and values unless it gets one, as generate() does it.
+        # The in-tree model returns no cache and loses its keys and values unless it is given one, as generate() does.
         return DynamicCache(config=self.model.config)
 
     @torch.inference_mode()
@@ -277,7 +277,7 @@ class HuggingFacePeer(TorchPeer):
         self.model.eval()(input_ids=ids_BT, **{CACHE_NAME: self.new_cache()}, use_cache=True, logits_to_keep=1)
 
     def checkpoint(self) -> None:
-        """Trains with the activations of each layer recomputed, as the official code does by default."""
+        """Enable activation checkpointing per layer, the default of the official code."""
         new = getattr(self.model, "activation_checkpointing_enable", None)  # the name from Transformers 5.23 on
         (new or self.model.gradient_checkpointing_enable)()
 
@@ -304,7 +304,7 @@ class HuggingFacePeer(TorchPeer):
         self.model(input_ids=ids, position_ids=position, **{CACHE_NAME: cache}, use_cache=True, logits_to_keep=1)
 
     def _fill(self, cache: Any, batch: int, context: int) -> int:
-        """A recurrent model's state is full after a window of tokens; what matters of more is the position."""
+        """Fill the state: a window of tokens is enough, because beyond it only the position changes."""
         tokens = min(context, self.config.attention_window_size + 1)
         self.model(input_ids=self.ids(batch, tokens), **{CACHE_NAME: cache}, use_cache=True, logits_to_keep=1)
         return context
@@ -317,7 +317,7 @@ class HuggingFacePeer(TorchPeer):
 
 
 class RecurrentGemmaPeer(HuggingFacePeer):
-    """Two implementations of one model, which can share its weights."""
+    """Runs an implementation of RecurrentGemma; two of them can share one set of weights."""
 
     def __init__(
         self,
@@ -334,7 +334,7 @@ class RecurrentGemmaPeer(HuggingFacePeer):
 
 
 class Ours(RecurrentGemmaPeer):
-    """This package."""
+    """Runs this package."""
 
     name = "ours"
 
@@ -346,7 +346,7 @@ class Ours(RecurrentGemmaPeer):
 
     def _fill(self, cache: Any, batch: int, context: int) -> int:
         super()._fill(cache, batch, context)
-        # The counters as they stand `context` tokens into a text: the state costs the same, wherever it is.
+        # Set the counters as after `context` tokens: the cost of the state does not depend on them.
         cache.progress.lengths.fill_(context)
         cache.progress.columns = context
         return context
@@ -356,7 +356,7 @@ class Ours(RecurrentGemmaPeer):
 
 
 class OursCompiled(Ours):
-    """The same with the model compiled; a step of decoding becomes one CUDA graph."""
+    """Runs this package compiled; a decoding step becomes one CUDA graph."""
 
     name = "ours, compiled"
 
@@ -382,7 +382,7 @@ class OursCompiled(Ours):
 
 
 class InTree(RecurrentGemmaPeer):
-    """Transformers' own RecurrentGemma."""
+    """Runs Transformers' own RecurrentGemma."""
 
     name = "in-tree"
 
@@ -391,7 +391,7 @@ class InTree(RecurrentGemmaPeer):
 
 
 def in_tree_recurrent_gemma(config: RecurrentGemmaConfig) -> torch.nn.Module:
-    """Transformers' own RecurrentGemma with the same shapes."""
+    """Build Transformers' own RecurrentGemma with the same shapes."""
     fields = (
         "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads lru_width "
         "attention_window_size eos_token_id"
@@ -402,7 +402,7 @@ def in_tree_recurrent_gemma(config: RecurrentGemmaConfig) -> torch.nn.Module:
 
 
 class Gemma(HuggingFacePeer):
-    """A transformer of equal size, with torch's fused attention."""
+    """Runs a transformer of equal size with torch's fused attention."""
 
     name = "gemma"
     attention = "sdpa"
@@ -413,7 +413,7 @@ class Gemma(HuggingFacePeer):
         self.attention_layers, self.window = config.num_hidden_layers, None
 
     def _fill(self, cache: Any, batch: int, context: int) -> int:
-        """Random keys and values: as good as those of a text, without the time its prefill would take."""
+        """Fill the cache with random keys and values, which cost the same as a text's and need no prefill."""
         heads = self.model.config.num_key_value_heads
         for layer in range(self.config.num_hidden_layers):
             shape = (batch, heads, context, self.config.head_dim)
@@ -426,7 +426,7 @@ class Gemma(HuggingFacePeer):
 
 
 class GemmaFlash(Gemma):
-    """The same with the flash-attn package."""
+    """Runs the same transformer with the flash-attn package."""
 
     name = "gemma, flash"
     attention = "flash_attention_2"
@@ -437,7 +437,7 @@ class GemmaFlash(Gemma):
 
 
 def gemma(config: RecurrentGemmaConfig, attention: str = "sdpa") -> torch.nn.Module:
-    """A Gemma with the same layers, heads and widths, its MLP chosen so that the parameters are as many."""
+    """Build a Gemma with the same layers, heads and widths, and an MLP that gives the same number of parameters."""
 
     def build(width: int) -> torch.nn.Module:
         torch.manual_seed(0)
@@ -463,7 +463,7 @@ def gemma(config: RecurrentGemmaConfig, attention: str = "sdpa") -> torch.nn.Mod
 
 
 def official_config(config: RecurrentGemmaConfig) -> Any:
-    """The official code's config; its scan is what AUTO chooses."""
+    """Return the official code's config, with the scan that AUTO chooses."""
     common = needed("recurrentgemma.common")
     kinds = {"recurrent": common.TemporalBlockType.RECURRENT, "attention": common.TemporalBlockType.ATTENTION}
     return common.GriffinConfig(
@@ -481,7 +481,7 @@ def official_config(config: RecurrentGemmaConfig) -> Any:
 
 
 class OfficialTorch(TorchPeer):
-    """Google's code in PyTorch."""
+    """Runs Google's code in PyTorch."""
 
     name = "official torch"
 
@@ -528,7 +528,7 @@ class OfficialTorch(TorchPeer):
 
 
 class OfficialJax(Peer):
-    """Google's code in JAX, compiled, with the scan that its AUTO chooses."""
+    """Runs Google's code in JAX, compiled, with the scan that its AUTO chooses."""
 
     name = "official jax"
     jits = True
@@ -624,7 +624,7 @@ def arguments(description: str) -> argparse.ArgumentParser:
     parser.add_argument("--peers", nargs="+", choices=list(PEERS), default=list(PEERS))
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--tag", default="", help="added to the name of the results")
-    parser.add_argument("--quick", action="store_true", help="seconds instead of minutes: does it run at all")
+    parser.add_argument("--quick", action="store_true", help="a smoke test: seconds instead of minutes")
     return parser
 
 
@@ -655,10 +655,10 @@ def peak_gb() -> float | None:
 
 
 def attempt(row: dict[str, Any], measure: Callable[[], dict[str, Any]], add: Callable[[dict[str, Any]], None]) -> bool:
-    """Adds the row with what was measured, or with the reason why nothing was; returns whether it was."""
+    """Measure and add the row, or add it with the reason for the failure. Return whether the measurement succeeded."""
     try:
         measured = measure()
-    except Exception as error:  # one peer's failure must not take the others' numbers along
+    except Exception as error:  # one peer's failure must not lose the others' results
         text = str(error).strip().splitlines() or [""]
         said = str(error) if isinstance(error, Missing) else f"{type(error).__name__}: {text[0]}"
         add({**row, "error": said[:300]})
@@ -669,7 +669,7 @@ def attempt(row: dict[str, Any], measure: Callable[[], dict[str, Any]], add: Cal
 
 
 def machine() -> dict[str, Any]:
-    """Hardware, commit and versions, written beside every number."""
+    """Return hardware, commit and versions, recorded in every row."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
@@ -691,7 +691,7 @@ def machine() -> dict[str, Any]:
 
 
 def with_ratios(rows: list[dict[str, Any]], group: Iterable[str], value: str = "ms") -> None:
-    """Adds "times ours" to the rows: their time as a multiple of ours in the same group."""
+    """Add "times ours" to the rows: their time as a multiple of ours in the same group."""
     group = tuple(group)
     ours: dict[tuple, float] = {}
     for row in rows:
@@ -713,8 +713,8 @@ def _cell(value: Any) -> str:
 def recorded(
     name: str, columns: list[str], finish: Callable[[list[dict[str, Any]]], None] | None = None
 ) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """Yields a function that takes rows. Each is written at once, so that what was measured survives what comes after;
-    at the end `finish` may add to them, a table is printed and the file is written again."""
+    """Yield a function that records rows. It writes each row immediately, so that results survive a later failure; at
+    the end `finish` may extend the rows, the file is rewritten and a table printed."""
     rows: list[dict[str, Any]] = []
     console, about = Console(width=None if os.isatty(1) else 160), machine()
     RESULTS.mkdir(parents=True, exist_ok=True)
@@ -742,7 +742,7 @@ def recorded(
 
 
 def plot(rows: list[dict[str, Any]], name: str, x: str, y: str, panel: str, series: str = "model") -> None:
-    """A PNG beside the results: y over x, one panel per `panel`, one line per `series`."""
+    """Draw a PNG beside the results: y over x, one panel per `panel`, one line per `series`."""
     import matplotlib
 
     matplotlib.use("agg")

@@ -1,8 +1,8 @@
-"""Reading a prompt of T tokens, batch B: ours beside its peers, and beside the machine's own matrix product.
+"""Time the prefill of T tokens, batch B: ours, the peers, and the share of the machine's matmul throughput.
 
     python benchmarks/prefill.py [--device cuda] [--lengths 2048 8192 65536] [--peers ours gemma]
 
-"share of peak": floating-point operations of the model over those of a large matrix product in the same time.
+"share of peak": floating-point operations of the model over those of a large matmul in the same time.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What prefill.py and train.py share: one pass over T tokens, peer after peer."""
+"""Run one pass over T tokens with each peer: the common part of prefill.py and train.py."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def run(
         ids = torch.randint(2, config.vocab_size, (args.batch, T), device=args.device)
         takes_minutes = args.device.type == "cpu" and T > 8192
         repeats = 1 if peer.name in SLOW or takes_minutes else args.repeats
-        own = Clock(torch.device("cpu")) if peer.jits else clock  # JAX compiles and waits by itself
+        own = Clock(torch.device("cpu")) if peer.jits else clock  # JAX synchronises before it returns
         ms = own.ms(lambda: act(peer, ids), repeats, warmup=0 if takes_minutes else 2)
         flops = args.batch * peer.flops(T, training)
         return {

@@ -1,9 +1,9 @@
-"""The linear recurrence alone, forward and backward: every backend of ours beside every scan others have.
+"""Time the linear recurrence alone, forward and backward: every backend of ours and the peers' scans.
 
     python benchmarks/scan.py [--device cuda] [--shapes 1x8192x2560 8x8192x2560]
 
-The floor is what must move at least, at the speed of a copy measured in the same run: forward reads x and a and writes
-h, backward reads dh, a and h and writes dx and da. On a GPU the second-level cache is emptied before every call.
+The floor is the minimal memory traffic at the speed of a copy in the same run: forward reads x and a and writes h,
+backward reads dh, a and h and writes dx and da. On a GPU the L2 cache is flushed before every call.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def our_scan(backend: str) -> Callable[[torch.Tensor, torch.Tensor], Callable]:
 
 
 def accelerated_scan(x_BTD: torch.Tensor, a_BTD: torch.Tensor) -> Callable:
-    """Wants channels before time and a power of two; the transposes from and to our layout are its cost."""
+    """Build accelerated-scan, which needs channels before time and a power of two; its time includes our transposes."""
     T = x_BTD.shape[1]
     if T & (T - 1):
         raise Missing(f"T={T} is no power of two")
@@ -54,7 +54,7 @@ def accelerated_scan(x_BTD: torch.Tensor, a_BTD: torch.Tensor) -> Callable:
 
 
 def hgrn(x_BTD: torch.Tensor, a_BTD: torch.Tensor) -> Callable:
-    """fla-core's, which takes the logarithm of a (its sum over a chunk); that is made before the clock starts."""
+    """Build fla-core's scan, which takes the logarithm of a (its sum over a chunk); that is computed before timing."""
     if not x_BTD.is_cuda:
         raise Missing("fla's kernels need a GPU")
     chunk_hgrn = needed("fla.ops.hgrn").chunk_hgrn
@@ -62,7 +62,7 @@ def hgrn(x_BTD: torch.Tensor, a_BTD: torch.Tensor) -> Callable:
 
 
 def selective_scan(x_BTD: torch.Tensor, a_BTD: torch.Tensor) -> Callable:
-    """mamba-ssm's with one state per channel. It takes exp(delta A) and delta B x: any numbers do for a timing."""
+    """Build mamba-ssm's scan with one state per channel. It takes exp(delta A) and delta B x; any values will do."""
     if not x_BTD.is_cuda:
         raise Missing("mamba-ssm's kernels need a GPU")
     scan = needed("mamba_ssm.ops.selective_scan_interface").selective_scan_fn
@@ -87,7 +87,7 @@ PEERS: dict[str, Callable] = {f"ours: {name}": our_scan(name) for name in availa
 
 
 def jax_scan(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, what: str) -> Callable[[], Any]:
-    """Google's, compiled, in the form that its AUTO chooses."""
+    """Build Google's scan, compiled, in the form that its AUTO chooses."""
     jax = needed("jax")
     linear_scan = needed("recurrentgemma.jax.scan").linear_scan
     wanted = {"cuda": "gpu"}.get(device.type, device.type)
@@ -161,7 +161,7 @@ def main() -> None:
                         add,
                     )
                 inputs = (shape, args.dtype, args.device, what)
-                # By wall time: JAX has no events. Its backward includes a forward, which its compiler may not drop.
+                # Wall time, because JAX has no events. The backward includes a forward, which XLA may not remove.
                 wall = Clock(torch.device("cpu"))
                 attempt(
                     {**row, "model": "official jax"},

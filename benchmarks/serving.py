@@ -1,17 +1,17 @@
-"""Requests per second on vLLM, beside `generate()` and a transformer of equal size in the same vLLM.
+"""Measure requests per second on vLLM, with `generate()` and a transformer of equal size on the same vLLM.
 
-One process measures one system; the last call draws all that were measured. In the environment of `make test-vllm`,
-or one with a GPU and vLLM:
+One process measures one system; the last command draws all results. Run them in the environment of `make test-vllm`, or
+one with a GPU and vLLM:
 
     python benchmarks/serving.py vllm
     python benchmarks/serving.py vllm-gemma
     python benchmarks/serving.py generate
     python benchmarks/serving.py plot
 
-64 requests, prompts of 32 to 512 random tokens, answers of 16 to 112 (as many as asked for: nothing ends early), all
-there at the start; at most `concurrent` of them run at a time. `generate()` takes them in padded batches of that size,
-each as long as its longest answer. `vllm long` and `vllm-gemma long`: 16 requests of 3072 to 4096 tokens, answers of
-64 to 128, all at a time, where the window of 1024 is full.
+64 requests arrive at the start, with prompts of 32 to 512 random tokens and answers of 16 to 112 (none stops early); at
+most `concurrent` of them run at a time. `generate()` runs them in padded batches of that size, each as long as its
+longest answer. `vllm long` and `vllm-gemma long`: 16 concurrent requests of 3072 to 4096 tokens, answers of 64 to 128,
+so that the window of 1024 is full.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ SYSTEMS = {
 
 
 def requests(kind: tuple[int, tuple[int, int], tuple[int, int]]) -> list[tuple[list[int], int]]:
-    """(prompt, tokens of the answer); the same for every system."""
+    """Return (prompt, tokens of the answer) per request, the same for every system."""
     rng, (count, prompts, answers) = random.Random(0), kind
     return [
         ([rng.randrange(3, VOCAB) for _ in range(rng.randint(*prompts))], rng.randint(*answers)) for _ in range(count)
@@ -52,12 +52,12 @@ def requests(kind: tuple[int, tuple[int, int], tuple[int, int]]) -> list[tuple[l
 
 
 def config():
-    """19 million parameters, window 1024, as in the benchmarks of training and decoding."""
+    """Return the config of the training and decoding benchmarks with a larger vocabulary: 20.9 million parameters."""
     return our_config(hidden_size=512, layers=6, heads=8, window=1024, vocab_size=VOCAB)
 
 
 def vllm_seconds(model: torch.nn.Module):
-    """A function that serves the requests, at most so many at a time, and returns the seconds it took."""
+    """Return a function that serves requests, at most so many at a time, and returns the seconds it took."""
     from vllm import LLM, SamplingParams
 
     folder = tempfile.mkdtemp()
@@ -84,7 +84,7 @@ def vllm_seconds(model: torch.nn.Module):
 
 
 def generate_seconds(model: torch.nn.Module):
-    """The same by `generate()` with padded batches; requests of like length share a batch."""
+    """Return such a function for `generate()` with padded batches of requests of similar length."""
 
     def run(concurrent: int, work: list[tuple[list[int], int]]) -> float:
         start = time.perf_counter()
@@ -136,7 +136,7 @@ def plot() -> None:
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
     left.legend(frameon=False)
-    figure.suptitle(f"19 million parameters, float32, {about}", fontsize=9)
+    figure.suptitle(f"20.9 million parameters, float32, {about}", fontsize=9)
     figure.savefig(RESULTS.parents[1] / "docs" / "serving.png", dpi=110)
 
 

@@ -1,11 +1,11 @@
-"""Tokens per second of the largest batch that fits: prompts of 2k, sampling 512 to 32k tokens. The Griffin paper's
-figure 1(b), and what a server's throughput comes down to.
+"""Measure tokens per second of the largest batch that fits: prompts of 2k, sampling 512 to 32k tokens, as in the
+Griffin paper's figure 1(b).
 
     python benchmarks/throughput.py [--device cuda] [--prompt 2048] [--lengths 512 2048 8192 32768] [--memory-gb 60]
 
-A sequence needs room for its whole length from the start; what a step costs is measured half way through it (a
-transformer's step grows linearly, a recurrent model's does not grow). The batch is what the memory holds beside the
-weights, less where a step still fails for want of memory.
+Memory is reserved for the whole length of a sequence; the cost of a step is measured half way through it (a
+transformer's step grows linearly, a recurrent model's is constant). The batch is the largest that fits beside the
+weights, reduced if a step runs out of memory.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ def free_bytes(args: Any, peer: Peer) -> float:
 
 
 def largest(args: Any, peer: Peer, sampled: int) -> tuple[int, Callable[[], None]]:
-    """The largest batch, and its step of decoding half way through."""
+    """Return the largest batch and its decoding step half way through."""
     total = args.prompt + sampled
     # Logits in float32 beside the state.
     per_sequence = peer.cache_bytes(total) + 8 * SIZES[args.size]().vocab_size
     batch = max(1, min(args.max_batch, int(SPARE * free_bytes(args, peer) / per_sequence)))
     while True:
         try:
-            # Room for the whole length must be there, although the step is measured half way.
+            # Reserve memory for the whole length, although the step is measured half way.
             reserve = batch * (peer.cache_bytes(total) - peer.cache_bytes(args.prompt + sampled // 2))
             room = torch.empty(max(0, reserve), dtype=torch.int8, device=args.device)
             step = peer.decoder(batch, args.prompt + sampled // 2)

@@ -1,9 +1,9 @@
-"""One training step (forward, loss, gradients) on rows of T tokens: ours beside its peers.
+"""Time one training step (forward, loss, gradients) on rows of T tokens: ours and the peers.
 
     python benchmarks/train.py [--device cuda] [--lengths 2048 8192] [--batch 1] [--checkpoint]
 
-"share of peak": floating-point operations of the model, three times those of its forward pass, over those of a large
-matrix product in the same time; recomputation (`--checkpoint`, as the official code trains by default) does not count.
+"share of peak": floating-point operations of the model (three times those of its forward pass) over those of a large
+matmul in the same time. Recomputation (`--checkpoint`, the default of the official code) does not count.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The model card beside converted weights: one of `model_cards/`, with a section on this very checkpoint."""
+"""Write the model card of converted weights: one of `model_cards/` plus a section about this checkpoint."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CARDS = Path(__file__).parents[1] / "model_cards"
 PUBLISHED = ("recurrentgemma-2b", "recurrentgemma-2b-it", "recurrentgemma-9b", "recurrentgemma-9b-it")
 MARK = "<!-- checkpoint -->"  # where the section goes
 
-# What tells one published architecture from another.
+# The fields that distinguish the published architectures.
 SHAPE_FIELDS = (
     "hidden_size",
     "intermediate_size",
@@ -27,30 +27,30 @@ SHAPE_FIELDS = (
     "vocab_size",
 )
 
-# Names of number formats in safetensors files, and in PyTorch.
+# Names of dtypes in safetensors files, and in PyTorch.
 DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 
 
 def published_name(checkpoint: Path) -> str | None:
-    """The published model that a checkpoint's name stands for, or None if it stands for none.
+    """Return the published model that a checkpoint's name denotes, or None.
 
-    Google's archives are called 2b, 2b-it, 9b and 9b-it, as a folder or with .pt. Only the name is looked at: nothing
-    in the weights tells a published model from a fine-tune of it.
+    Google's archives are called 2b, 2b-it, 9b and 9b-it, as a folder or with .pt. Only the name decides: the
+    weights do not show whether a model is a published one or a fine-tune of it.
     """
     found = re.fullmatch(r"(?:recurrentgemma-)?((?:2b|9b)(?:-it)?)(?:\.pt)?", checkpoint.name)
     return f"recurrentgemma-{found[1]}" if found else None
 
 
 def write_card(model_name: str | None, output: Path, converted_from: str) -> None:
-    """Writes `README.md` beside the weights.
+    """Write `README.md` beside the weights.
 
     Args:
-        model_name: one of `PUBLISHED`, or None for any other model, whose card then has gaps for its owner to fill.
+        model_name: one of `PUBLISHED`, or None for any other model, whose card has gaps for its owner to fill.
         output: the checkpoint folder, with `config.json` and the safetensors already there.
-        converted_from: what the weights were before, in words that others can read ("2b-it, Orbax").
+        converted_from: a readable name of the source ("2b-it, Orbax").
 
     Raises:
-        ValueError: the model is not one of those published, or its shape is not that of the weights.
+        ValueError: the model is not a published one, or its shapes differ from the weights'.
         FileNotFoundError: the folder has no config or no weights.
     """
     if model_name is not None and model_name not in PUBLISHED:
@@ -84,7 +84,7 @@ def _check_shape(model_name: str, config: RecurrentGemmaConfig) -> None:
 
 
 def _stored_numbers(output: Path) -> Counter[str]:
-    """How many numbers of each dtype the safetensors hold. Reads headers alone."""
+    """Count the values of each dtype in the safetensors. Reads only the headers."""
     shards = sorted(output.glob("*.safetensors"))
     if not shards:
         raise FileNotFoundError(f"no *.safetensors in {output}: write the weights first, the card describes them")

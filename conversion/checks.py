@@ -1,4 +1,4 @@
-"""What is checked before a byte is written: the config that the arrays describe, and that the mapping is one to one."""
+"""Check before writing: infer the config from the arrays, and require that the mapping is a bijection."""
 
 import re
 from collections import Counter
@@ -14,12 +14,12 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 class ConversionError(ValueError):
-    """The input, the output or the options do not allow the conversion; the message says what to do."""
+    """Reports input, output or options that prevent the conversion, with the remedy."""
 
 
 @dataclass(frozen=True)
 class Claims:
-    """What the caller says about the model; None says nothing. The arrays cannot know the last three."""
+    """Holds the caller's claims about the model (None: no claim). The arrays do not contain the last three."""
 
     preset: str | None = None
     attention_window_size: int | None = None
@@ -27,7 +27,7 @@ class Claims:
     embeddings_scale_by_sqrt_dim: bool | None = None
 
     def stated(self) -> dict[str, int | float | bool]:
-        """The fields that an option sets, or else the preset."""
+        """Return the fields set by an option or else by the preset."""
         preset = {} if self.preset is None else _preset(self.preset)
         values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "preset"}
         return {
@@ -42,7 +42,7 @@ OPTION_OF_FIELD = {
     "logits_soft_cap": "--logits-soft-cap C (0: none)",
     "embeddings_scale_by_sqrt_dim": "--scale-embeddings or --no-scale-embeddings",
 }
-# What a preset says and arrays show. As in the official code, a preset leaves the vocabulary open.
+# Fields that both a preset and the arrays define. As in the official code, a preset does not define the vocabulary.
 _SHAPE_FIELDS = (
     "hidden_size",
     "intermediate_size",
@@ -77,7 +77,7 @@ def _preset(name: str) -> dict:
 
 
 def infer_config(shapes: Shapes, dialect: Dialect, claims: Claims) -> RecurrentGemmaConfig:
-    """The config of an official checkpoint: sizes from the arrays' shapes, the rest from the caller's `claims`."""
+    """Infer the config of an official checkpoint: sizes from the arrays' shapes, the rest from `claims`."""
     sizes = _infer_sizes(shapes, dialect)
     unsaid = [option for field, option in OPTION_OF_FIELD.items() if field not in claims.stated()]
     if unsaid:
@@ -146,12 +146,12 @@ def _block_kinds(shapes: Shapes) -> list[str]:
 
 
 def _first(shapes: Shapes, pattern: str) -> tuple[int, ...]:
-    """The shape of the first array of any layer that matches, () if there is none."""
+    """Return the shape of the first matching array of any layer, or ()."""
     return next((shape for name, shape in shapes.items() if re.fullmatch(rf"blocks\.\d+\.{pattern}", name)), ())
 
 
 def _pattern(kinds: list[str]) -> list[str]:
-    """The shortest pattern that, repeated and cut, gives these layers: what the published configs hold."""
+    """Return the shortest pattern that, repeated and cut, gives these layers, as in the published configs."""
     lengths = range(1, len(kinds) + 1)
     period = next(n for n in lengths if all(kind == kinds[i % n] for i, kind in enumerate(kinds)))
     return kinds[:period]
@@ -167,11 +167,11 @@ def _refuse_contradictions(config: RecurrentGemmaConfig, claims: Claims, who: st
         if getattr(config, field) != value
     ]
     if wrong:
-        raise ConversionError("the checkpoint contradicts what was said about it:\n  " + "\n  ".join(wrong))
+        raise ConversionError("the checkpoint contradicts the options:\n  " + "\n  ".join(wrong))
 
 
 def check_official_can_express(config: RecurrentGemmaConfig, claims: Claims) -> None:
-    """Raises unless the official code can run a model with this config, and the caller's claims agree with it."""
+    """Raise unless the official code can run a model with this config and the caller's claims agree with it."""
     _refuse_contradictions(config, claims, "config.json says")
     wrong = [
         f"{field}={getattr(config, field)!r} (official: {value!r})"
@@ -186,14 +186,14 @@ def check_official_can_express(config: RecurrentGemmaConfig, claims: Claims) -> 
 
 
 def our_shapes(config: RecurrentGemmaConfig) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of our parameters, asked of the model itself; the tied head counts once."""
+    """Return names and shapes of our parameters from the model itself; the tied head counts once."""
     with torch.device("meta"):
         model = RecurrentGemmaForCausalLM(config)
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
 def official_shapes(rows: list[Row], ours: Shapes) -> dict[str, tuple[int, ...]]:
-    """Shapes of the official arrays for parameters of ours of these shapes."""
+    """Return the shapes of the official arrays that correspond to our parameters."""
     return {
         row.official: tuple(
             row.layout.to_official(*(torch.empty(ours[name], device="meta") for name in row.ours)).shape
@@ -203,10 +203,10 @@ def official_shapes(rows: list[Row], ours: Shapes) -> dict[str, tuple[int, ...]]
 
 
 def check_bijection(rows: list[Row], ours: Shapes, expected: Shapes, found: Shapes) -> None:
-    """Raises one error that names everything in the way of a bijection.
+    """Raise one error that names everything that violates the bijection.
 
-    Every parameter of our model (`ours`) comes from one row, no array has two rows, and the arrays that were `found`
-    are those `expected`, shape by shape.
+    Every parameter of our model (`ours`) must come from one row, no array may have two rows, and the arrays `found`
+    must equal those `expected` in name and shape.
     """
     used = Counter(name for row in rows for name in row.ours) + Counter(row.official for row in rows)
     problems = [f"used {count} times by the mapping: {name}" for name, count in used.items() if count > 1]

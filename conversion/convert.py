@@ -1,4 +1,4 @@
-"""The two directions, and the command line that the four scripts share."""
+"""Convert in both directions, and parse the command line shared by the four scripts."""
 
 import argparse
 import math
@@ -28,7 +28,7 @@ _TARGETS: dict[Dialect, Callable[[Path, Plan], Target]] = {"jax": OrbaxFolder, "
 
 
 class Options(NamedTuple):
-    """What the command line says besides the two paths."""
+    """Holds the options of the command line besides the two paths."""
 
     claims: Claims = Claims()
     tokenizer: Path | None = None
@@ -38,7 +38,7 @@ class Options(NamedTuple):
 
 
 def official_to_hf(dialect: Dialect, checkpoint: Path, output: Path, options: Options) -> RecurrentGemmaConfig:
-    """Converts a checkpoint of the official code to a folder that `from_pretrained` loads."""
+    """Convert a checkpoint of the official code to a folder that `from_pretrained` loads."""
     source = _SOURCES[dialect](checkpoint)
     config = checks.infer_config(source.shapes, dialect, options.claims)
     check_extra_files(checkpoint, options.tokenizer, config.vocab_size)
@@ -72,13 +72,13 @@ def _push(output: Path, repo_id: str) -> None:
 
 
 def _is_published(checkpoint: Path, claims: Claims) -> bool:
-    """Whether the archive's name and the preset agree that this is one of Google's released models."""
+    """Return whether archive name and preset agree that this is one of Google's released models."""
     name = published_name(checkpoint)
     return name is not None and claims.preset == name.removesuffix("-it")
 
 
 def hf_to_official(dialect: Dialect, checkpoint: Path, output: Path, options: Options) -> RecurrentGemmaConfig:
-    """Converts a folder of `save_pretrained` to a checkpoint of the official code."""
+    """Convert a folder of `save_pretrained` to a checkpoint of the official code."""
     source = HfSource(checkpoint)
     try:
         config = RecurrentGemmaConfig.from_pretrained(checkpoint)
@@ -98,7 +98,7 @@ def hf_to_official(dialect: Dialect, checkpoint: Path, output: Path, options: Op
 
 
 def _official_shapes(rows: list[Row], ours: checks.Shapes) -> checks.Shapes:
-    """As `checks.official_shapes`, for the rows whose parameters exist: the others are reported by the bijection."""
+    """Apply `checks.official_shapes` to the rows whose parameters exist; `check_bijection` reports the others."""
     return checks.official_shapes([row for row in rows if all(name in ours for name in row.ours)], ours)
 
 
@@ -115,7 +115,7 @@ def _to_official(row: Row, part: slice, source: Source) -> dict[str, torch.Tenso
 
 
 def _copy(target: Target, rows: list[Row], source: Source, plan: Plan, convert: Callable) -> None:
-    """Streams all pieces from `source` to `target`: while one is written, the next is read; no more is in memory."""
+    """Stream all pieces from `source` to `target`, reading the next while one is written: two pieces in memory."""
 
     def read(row: Row, part: slice) -> dict[str, torch.Tensor]:
         return {name: tensor.to(plan[name].dtype).contiguous() for name, tensor in convert(row, part, source).items()}
@@ -129,7 +129,7 @@ def _copy(target: Target, rows: list[Row], source: Source, plan: Plan, convert: 
                 tensors = coming.result()
                 if following is not None:
                     coming = reader.submit(read, *following)
-                while tensors:
+                while tensors:  # popped, so that each tensor is freed as soon as it is written
                     name = next(iter(tensors))
                     tensor = tensors.pop(name)
                     target.write(name, tensor)
@@ -156,7 +156,7 @@ def _verify(
 
 
 def main(direction: Callable, dialect: Dialect, description: str, arguments: list[str] | None = None) -> None:
-    """Runs one of the four scripts: `direction` is one of the two functions above."""
+    """Run one of the four scripts: `direction` is one of the two functions above."""
     parser = _parser(description, with_tokenizer=direction is official_to_hf)
     given = parser.parse_args(arguments)
     options = Options(

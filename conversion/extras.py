@@ -1,4 +1,4 @@
-"""What a Hugging Face folder holds besides weights and config.json: tokenizer, generation settings, model card."""
+"""Write tokenizer, generation settings and model card beside weights and config.json."""
 
 from pathlib import Path
 
@@ -7,12 +7,12 @@ from checks import ConversionError
 
 
 def is_instruction_tuned(checkpoint: Path) -> bool:
-    """Told by the archive's name (2b-it, 9b-it.pt): nothing in the weights says so."""
+    """Return whether the archive's name (2b-it, 9b-it.pt) says so: the weights do not."""
     return checkpoint.name.removesuffix(".pt").endswith("-it")
 
 
 def check_extra_files(checkpoint: Path, tokenizer: Path | None, vocab_size: int) -> None:
-    """Raises, before the long work starts, if `write_extra_files` could not do its part."""
+    """Raise before the conversion starts if `write_extra_files` would fail."""
     if tokenizer is None:
         return
     if not tokenizer.is_file():
@@ -23,9 +23,9 @@ def check_extra_files(checkpoint: Path, tokenizer: Path | None, vocab_size: int)
 
 
 def write_extra_files(folder: Path, checkpoint: Path, tokenizer: Path | None, published: bool) -> None:
-    """Puts tokenizer and card into `folder`, which already holds the weights and config.json.
+    """Write tokenizer and card into `folder`, which already holds the weights and config.json.
 
-    `published`: these are Google's weights by name and preset, and get the card of that model; else one with gaps.
+    `published`: name and preset identify Google's weights, which get the card of that model; others get one with gaps.
     """
     if tokenizer is not None:
         from tokenizer import write_tokenizer

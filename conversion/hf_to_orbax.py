@@ -1,4 +1,4 @@
-"""A folder of save_pretrained -> an Orbax checkpoint of the official JAX code."""
+"""Convert a folder of save_pretrained to an Orbax checkpoint of the official JAX code."""
 
 from convert import hf_to_official, main
 

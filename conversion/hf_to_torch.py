@@ -1,4 +1,4 @@
-"""A folder of save_pretrained -> a .pt file of the official PyTorch code."""
+"""Convert a folder of save_pretrained to a .pt file of the official PyTorch code."""
 
 from convert import hf_to_official, main
 

@@ -1,8 +1,8 @@
-"""Which parameter of the official code is which parameter of ours: one table, read in both directions.
+"""Map the official code's parameters to ours: one table, used in both directions.
 
-The official code comes in two dialects with the same modules: "jax" (Flax trees, as Orbax stores them) and "torch"
-(state dicts, as in Kaggle's .pt files). Names are paths joined by dots; a layer is called `blocks.N` in both. A row of
-the table stands for one official array and the one or two parameters of ours that hold the same numbers.
+The official code has two dialects with the same modules: "jax" (Flax trees, as Orbax stores them) and "torch" (state
+dicts, as in Kaggle's .pt files). Names are paths joined by dots; both call a layer `blocks.N`. Each row of the table
+maps one official array to one or two of our parameters with the same values.
 
 Shape suffixes: D lru_width, E hidden_size, F width of an MLP branch, K taps of the convolution.
 """
@@ -18,7 +18,7 @@ Dialect = Literal["jax", "torch"]
 
 
 class Layout(NamedTuple):
-    """How the numbers of one official array lie in our parameters. Both functions only permute: no bit changes."""
+    """Converts the layout of one official array to ours and back. Both functions only permute: no bit changes."""
 
     to_ours: Callable[[Tensor], tuple[Tensor, ...]]
     to_official: Callable[..., Tensor]
@@ -36,7 +36,7 @@ PAIR_OF_BIASES = Layout(lambda b: (b[0, 0, 0], b[1, 0, 0]), lambda gate, up: sta
 
 
 class Row(NamedTuple):
-    """One official array, the parameters of ours with the same numbers, and how these lie in them."""
+    """Maps one official array to our parameters with the same values, and gives their layout."""
 
     official: str
     ours: tuple[str, ...]
@@ -44,7 +44,7 @@ class Row(NamedTuple):
 
 
 def table(config: RecurrentGemmaConfig, dialect: Dialect) -> list[Row]:
-    """All rows for a model of this config, in the order in which the model applies them."""
+    """Return all rows for a model of this config, in the order in which the model applies them."""
     rows = [Row("embedder.input_embedding", ("model.embed_tokens.weight",), SAME)]
     for index, kind in enumerate(config.layers_block_type):
         rows += _layer(f"blocks.{index}", f"model.layers.{index}", kind, dialect)

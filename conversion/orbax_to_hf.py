@@ -1,4 +1,4 @@
-"""An Orbax checkpoint of the official JAX code -> a folder that from_pretrained loads."""
+"""Convert an Orbax checkpoint of the official JAX code to a folder that from_pretrained loads."""
 
 from convert import main, official_to_hf
 

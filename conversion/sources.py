@@ -1,8 +1,8 @@
-"""Checkpoints to read from, one array at a time: Orbax folders, .pt archives of torch.save, safetensors folders.
+"""Read checkpoints one array at a time: Orbax folders, .pt archives of torch.save, safetensors folders.
 
-Each source has `shapes` and `dtypes` by name (known without reading any array), the mapping's `dialect` where it is an
-official one, and `read(name, part)`, which returns a CPU tensor: the array, or a part of its rows. Nothing of it stays
-in memory, except that an Orbax source keeps what is stored in one piece as long as that array is read in parts.
+Each source has `shapes` and `dtypes` by name (available without reading any array), the mapping's `dialect` if it is an
+official one, and `read(name, part)`, which returns a CPU tensor: the array, or a part of its rows. A source keeps
+nothing in memory, except that an Orbax source caches a decoded chunk while its array is read in parts.
 """
 
 import json
@@ -26,17 +26,17 @@ _DAMAGED = "the file is damaged or incomplete: copy or download the checkpoint a
 
 
 class Source(Protocol):
-    """What all sources have in common."""
+    """Defines the interface of all sources."""
 
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, torch.dtype]
 
     def read(self, name: str, part: slice = WHOLE) -> Tensor:
-        """The array of this name, or `part` of its rows."""
+        """Return the array of this name, or `part` of its rows."""
 
 
 class OfficialSource(Source, Protocol):
-    """A checkpoint of the official code."""
+    """Reads a checkpoint of the official code."""
 
     dialect: Dialect
 
@@ -45,7 +45,7 @@ class OfficialSource(Source, Protocol):
 
 
 class OrbaxSource:
-    """An Orbax checkpoint: OCDBT or one folder per array, zarr or zarr3, with or without the outer `params`."""
+    """Reads an Orbax checkpoint: OCDBT or one folder per array, zarr or zarr3, with or without the outer `params`."""
 
     dialect: Dialect = "jax"
 
@@ -59,13 +59,13 @@ class OrbaxSource:
         self.dtypes = {name: _dtype(name, array.dtype.name) for name, array in self._arrays.items()}
 
     def _find_store(self) -> dict:
-        """The tensorstore spec of the key-value store in which the arrays lie."""
+        """Return the tensorstore spec of the key-value store that holds the arrays."""
         if not self.path.is_dir():
             raise ConversionError(f"{self.path} is not a folder: an Orbax checkpoint is one")
         entries = {entry.name for entry in self.path.iterdir()}
         if not entries:
             raise ConversionError(f"{self.path} is empty: give the folder that holds the Orbax checkpoint")
-        # Mapped, not copied: the bytes of a file are the page cache's, which the system takes back when it needs to.
+        # Mapped, not copied: the file's bytes stay in the page cache, which the system can reclaim.
         files = {"driver": "file", "path": f"{self.path.resolve()}/", "file_io_mode": {"mode": "memmap"}}
         if not entries & {"_METADATA", "checkpoint"}:
             inside = " or ".join(str(file.parent) for file in sorted(self.path.glob("*/_METADATA")))
@@ -92,8 +92,8 @@ class OrbaxSource:
     def _open_arrays(self) -> dict:
         import tensorstore
 
-        # Orbax used to leave out pieces of an array that hold zeros alone; it says so when it did not, and then a
-        # missing piece is a damage.
+        # Older Orbax omits pieces of an array that hold only zeros. If the metadata says that it did not, a missing
+        # piece means damage.
         zeros_are_stored = self._metadata().get("store_array_data_equal_to_fill_value", False)
         drivers = {".zarray": "zarr", "zarr.json": "zarr3"}
         arrays = {}
@@ -118,7 +118,7 @@ class OrbaxSource:
         return arrays
 
     def _refuse_undescribed(self, arrays: dict) -> None:
-        """The tree in _METADATA says which arrays there are: one without its own metadata would pass unseen."""
+        """Raise if an array listed in _METADATA lacks its own metadata: it would be ignored silently."""
         tree = self._metadata().get("tree_metadata", {}).values()
         announced = {".".join(str(key["key"]) for key in leaf["key_metadata"]) for leaf in tree}
         if lacking := sorted(announced - set(arrays)):
@@ -127,21 +127,21 @@ class OrbaxSource:
             )
 
     def read(self, name: str, part: slice = WHOLE) -> Tensor:
-        """The array of this name, or `part` of its rows."""
+        """Return the array of this name, or `part` of its rows."""
         try:
             array = self._open_in_parts(name)[part] if part != WHOLE else self._arrays[name]
             array = array.read().result()
         except (ValueError, OSError) as error:
             raise ConversionError(f"cannot read {name} of {self.path}: {_first_line(error)}; {_DAMAGED}") from error
-        if self.dtypes[name] == torch.bfloat16:  # NumPy has no such type and torch reads no other library's
+        if self.dtypes[name] == torch.bfloat16:  # NumPy lacks bfloat16 and torch cannot read another library's
             return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
         return torch.from_numpy(array)
 
     def _open_in_parts(self, name: str):
-        """The array, opened so that what is decoded for some of its rows is kept for the next.
+        """Open the array with a cache of decoded chunks, so that the next rows need no second decoding.
 
-        Orbax stores an array, or a device's shard of it, as one compressed chunk: it has to be decoded as a whole for a
-        single row. The cache belongs to the opened array and goes with it, when another one is asked for.
+        Orbax stores an array, or a device's shard of it, as one compressed chunk, which must be decoded as a whole for
+        a single row. The cache is released when another array is opened.
         """
         import tensorstore
 
@@ -159,10 +159,10 @@ class OrbaxSource:
 
 
 class TorchSource:
-    """A state dict in a file of torch.save; code in it is refused, not run."""
+    """Reads a state dict from a file of torch.save; raises on code in it and never executes it."""
 
     dialect: Dialect = "torch"
-    # Pages of the file that were read stay mapped until the file is closed, so it is opened again from time to time.
+    # Pages stay mapped until the file is closed, so it is reopened from time to time.
     REOPEN_AFTER_BYTES = 256 * 2**20
 
     def __init__(self, path: Path):
@@ -198,7 +198,7 @@ class TorchSource:
         return loaded
 
     def read(self, name: str, part: slice = WHOLE) -> Tensor:
-        """The tensor of this name, or `part` of its rows, mapped from the file."""
+        """Return the tensor of this name, or `part` of its rows, mapped from the file."""
         if self._read_bytes > self.REOPEN_AFTER_BYTES:
             self._tensors, self._read_bytes = self._load(), 0
         tensor = self._tensors[name][part]
@@ -210,7 +210,7 @@ class TorchSource:
 
 
 class HfSource:
-    """A folder of `save_pretrained`: model.safetensors, or shards with model.safetensors.index.json."""
+    """Reads a folder of `save_pretrained`: model.safetensors, or shards with model.safetensors.index.json."""
 
     _DTYPES = {"F32": "float32", "BF16": "bfloat16"}
 
@@ -245,7 +245,7 @@ class HfSource:
             raise ConversionError(f"cannot open {file}: {error}; {_DAMAGED}") from error
 
     def _drop_tied_head(self) -> None:
-        """The head is the embedding; a copy of it may have been saved along."""
+        """Drop a saved copy of the tied head after checking that it equals the embedding."""
         head, embedding = "lm_head.weight", "model.embed_tokens.weight"
         if head in self.shapes and embedding in self.shapes:
             if not torch.equal(self.read(head), self.read(embedding)):
@@ -253,7 +253,7 @@ class HfSource:
             del self.shapes[head], self.dtypes[head]
 
     def read(self, name: str, part: slice = WHOLE) -> Tensor:
-        """The tensor of this name, or `part` of its rows. The file is opened for it alone: what is mapped goes too."""
+        """Return the tensor of this name, or `part` of its rows. Opens the file for this read only, then unmaps it."""
         with self._open(self._file_of[name]) as tensors:
             return tensors.get_slice(name)[part]
 

@@ -1,4 +1,4 @@
-"""Checkpoints to write, a piece at a time, and the staging that leaves nothing behind when the work is cut short."""
+"""Write checkpoints piece by piece, staged so that an interrupted run leaves nothing."""
 
 import json
 import math
@@ -16,23 +16,23 @@ from mapping import SAME, Row
 from sources import WHOLE
 from torch import Tensor
 
-PIECE_BYTES = 64 * 2**20  # of an array that is converted in several pieces
+PIECE_BYTES = 64 * 2**20  # size of a piece of an array that is converted in several
 
 
 class Spec(NamedTuple):
-    """What is known about an array before it is there."""
+    """Describes an array before it is written."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
 
     @property
     def nbytes(self) -> int:
-        """Its size in memory and in a file."""
+        """Return the size in memory and in a file."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     @property
     def piece_rows(self) -> int:
-        """How many of its rows make a piece."""
+        """Return the number of rows in a piece."""
         return max(1, PIECE_BYTES // (math.prod(self.shape[1:]) * self.dtype.itemsize or 1))
 
 
@@ -40,15 +40,15 @@ Plan = Mapping[str, Spec]
 
 
 def total_bytes(plan: Plan) -> int:
-    """The size of all arrays of a plan."""
+    """Return the size of all arrays of a plan."""
     return sum(spec.nbytes for spec in plan.values())
 
 
 def pieces(rows: list[Row], plan: Plan) -> Iterator[tuple[Row, slice]]:
-    """What is converted at a time: a row of the table, or, where its array is large, a part of the array's rows.
+    """Yield the pieces to convert one at a time: a row of the table or, for a large array, a part of the array's rows.
 
-    A matrix that is transposed is one piece: its rows lie apart in the official array. The embedding, the largest
-    array by far, is not.
+    A transposed matrix is one piece, because its rows are not contiguous in the official array. The embedding, by far
+    the largest array, is not transposed.
     """
     for row in rows:
         spec = plan[row.official if row.official in plan else row.ours[0]]
@@ -60,23 +60,23 @@ def pieces(rows: list[Row], plan: Plan) -> Iterator[tuple[Row, slice]]:
 
 
 class Target(Protocol):
-    """What all targets have in common."""
+    """Defines the interface of all targets."""
 
     def write(self, name: str, piece: Tensor) -> None:
-        """Takes the next rows of the array that is being written, or the first ones of the next array of the plan."""
+        """Write the next rows of the current array, or the first rows of the next array of the plan."""
 
     def close(self) -> None:
-        """Ends the checkpoint."""
+        """Finish the checkpoint."""
 
 
 class _Progress:
-    """How far a target has come in its plan: arrays in order, each from its first row to its last."""
+    """Tracks a target's progress in its plan: arrays in order, each from its first row to its last."""
 
     def __init__(self, plan: Plan):
         self._plan, self._pending, self._rows = plan, list(plan), 0
 
     def take(self, name: str, piece: Tensor) -> tuple[int, bool]:
-        """The row of the array at which the piece begins, and whether the array ends with it."""
+        """Return the first row of the piece in its array, and whether the piece ends the array."""
         spec, start = self._plan[name], self._rows
         assert name == self._pending[0], f"{name} is out of order"
         assert (tuple(piece.shape[1:]), piece.dtype) == (spec.shape[1:], spec.dtype), f"{name} is not as planned"
@@ -91,10 +91,9 @@ class _Progress:
 
 @contextmanager
 def staged(output: Path, needed_bytes: int) -> Iterator[Path]:
-    """A path beside `output` to write to, a file or a folder; it becomes `output` when the block ends well.
+    """Yield a path beside `output`, a file or a folder, that becomes `output` when the block succeeds.
 
-    Whatever ends the block otherwise, an interruption included, leaves nothing; what a killed run could not remove is
-    removed by the next one.
+    If the block fails or is interrupted, nothing remains; the next run removes the remains of a killed one.
     """
     output = output.absolute()
     if output.is_dir() and any(output.iterdir()):
@@ -130,7 +129,7 @@ def _bytes_of(tensor: Tensor) -> memoryview:
 
 
 def to_numpy(tensor: Tensor) -> np.ndarray:
-    """The same numbers for NumPy, which knows bfloat16 by way of a package of JAX alone."""
+    """Convert to NumPy without changing values; bfloat16 needs a dtype from a package of JAX."""
     import ml_dtypes
 
     tensor = tensor.contiguous()
@@ -145,9 +144,9 @@ def to_numpy(tensor: Tensor) -> np.ndarray:
 class SafetensorsFolder:
     """Writes model.safetensors, or shards and their index, piece by piece in the order of the plan.
 
-    The library itself writes a file in one call from tensors that are all in memory. The format is 8 bytes with the
-    length of a JSON header, the header, and the tensors end to end (https://huggingface.co/docs/safetensors), so it is
-    written here.
+    The library writes a file in one call and needs all tensors in memory, so this class writes the format itself: 8
+    bytes with the length of a JSON header, the header, and the concatenated tensors
+    (https://huggingface.co/docs/safetensors).
     """
 
     SHARD_BYTES = 5 * 10**9
@@ -181,7 +180,7 @@ class SafetensorsFolder:
         return {f"model-{i:05}-of-{len(shards):05}.safetensors": names for i, names in enumerate(shards, start=1)}
 
     def write(self, name: str, piece: Tensor) -> None:
-        """Appends the next piece."""
+        """Append the next piece."""
         start, _ = self._progress.take(name, piece)
         if start == 0 and name in self._first_of:
             self._open_shard(self._first_of[name])
@@ -202,7 +201,7 @@ class SafetensorsFolder:
         self._file.write(len(text).to_bytes(8, "little") + text)
 
     def close(self) -> None:
-        """Ends the current file."""
+        """Finish the current file."""
         if self._file is not None:
             self._file.close()
 
@@ -213,8 +212,8 @@ class SafetensorsFolder:
 class TorchFile:
     """Writes a state dict as torch.save does, piece by piece in the order of the plan.
 
-    torch.save wants all tensors in memory. It can leave out their bytes, however (`torch.serialization.skip_data`):
-    the small records of such a skeleton are copied, and the bytes of the tensors follow as they come.
+    torch.save needs all tensors in memory, but can omit their bytes (`torch.serialization.skip_data`). This class
+    copies the small records of such a skeleton and then appends the bytes of the tensors.
     """
 
     _ALIGNMENT = 64  # of torch.save, so that tensors can be mapped from the file
@@ -245,7 +244,7 @@ class TorchFile:
             torch.save(fakes, file)
 
     def write(self, name: str, piece: Tensor) -> None:
-        """Appends the next piece: the n-th tensor of the plan is the record data/n."""
+        """Append the next piece: the n-th tensor of the plan is the record data/n."""
         start, ended = self._progress.take(name, piece)
         if start == 0:
             self._record = self._open_record(name)
@@ -268,7 +267,7 @@ class TorchFile:
             self._record = None
 
     def close(self) -> None:
-        """Writes the table of contents."""
+        """Write the table of contents."""
         self._end_record()  # still open after an interruption
         self._zip.close()
 
@@ -279,8 +278,9 @@ class TorchFile:
 class OrbaxFolder:
     """Writes an Orbax checkpoint with one zarr folder per array, piece by piece, with the outer `params`.
 
-    Orbax saves whole trees from memory. This layout, which every version of it reads, is arrays that tensorstore can
-    write a piece at a time, and a description of the tree. A piece is a chunk, so that none is written twice.
+    Orbax saves whole trees from memory. This layout, which every Orbax version reads, consists of arrays that
+    tensorstore can write piece by piece, and a description of the tree. A piece is a chunk, so that no chunk is written
+    twice.
     """
 
     def __init__(self, folder: Path, plan: Plan):
@@ -292,7 +292,7 @@ class OrbaxFolder:
             keys = ("params", *_tree_keys(name))
             leaves[str(keys)] = {
                 "key_metadata": [{"key": key, "key_type": 2} for key in keys],
-                # As a NumPy array it is restored without a word about devices, and as a jax.Array where that is asked.
+                # A NumPy array is restored without a warning about devices, and as a jax.Array on request.
                 "value_metadata": {"value_type": "np.ndarray", "skip_deserialize": False},
             }
         tree = {
@@ -305,7 +305,7 @@ class OrbaxFolder:
         (folder / "_METADATA").write_text(json.dumps(tree))
 
     def write(self, name: str, piece: Tensor) -> None:
-        """Writes the next piece."""
+        """Write the next piece."""
         start, ended = self._progress.take(name, piece)
         if start == 0:
             self._array = self._create(name)
@@ -332,11 +332,11 @@ class OrbaxFolder:
         return tensorstore.open(spec, create=True, write=True).result()
 
     def close(self) -> None:
-        """Says that the checkpoint is complete, as Orbax does."""
+        """Mark the checkpoint as complete, as Orbax does."""
         (self._folder / "commit_success.txt").write_text("Checkpoint commit was successful.\n")
 
 
 def _tree_keys(name: str) -> list[str]:
-    """The keys of a Flax tree on the way to an array; `blocks.N` is one key."""
+    """Return the path of keys to an array in a Flax tree; `blocks.N` is one key."""
     keys = name.split(".")
     return [".".join(keys[:2]), *keys[2:]] if keys[0] == "blocks" else keys

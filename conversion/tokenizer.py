@@ -1,12 +1,12 @@
-"""SentencePiece `tokenizer.model` to the files that `AutoTokenizer` and `generate()` read.
+"""Convert SentencePiece's `tokenizer.model` to the files that `AutoTokenizer` and `generate()` read.
 
-`write_tokenizer` puts `tokenizer.json`, `tokenizer_config.json`, `generation_config.json` and, for an instruction-tuned
-model, `chat_template.jinja` beside the weights. The tokenizer is built here, piece by piece, because neither way of
-Transformers 5.23 gives what SentencePiece gives: `GemmaTokenizer.from_pretrained` reads a `tokenizer.model`, but makes
-the runs of spaces, which are user-defined symbols in Gemma's vocabulary, from ordinary merges (2 of the `HARD_TEXTS`
-below come out differently), and `GemmaConverter` raises an AttributeError.
+`write_tokenizer` writes `tokenizer.json`, `tokenizer_config.json`, `generation_config.json` and, for an
+instruction-tuned model, `chat_template.jinja` beside the weights. This file builds the tokenizer itself, because no way
+of Transformers 5.23 reproduces SentencePiece: `GemmaTokenizer.from_pretrained` reads a `tokenizer.model`, but merges
+runs of spaces, which are user-defined symbols in Gemma's vocabulary, with ordinary merges (2 of the `HARD_TEXTS` below
+differ), and `GemmaConverter` raises an AttributeError.
 
-What SentencePiece does with a text, and what stands for it here (`sentencepiece/src/bpe_model.cc`, `normalizer.cc`):
+The steps of SentencePiece (`sentencepiece/src/bpe_model.cc`, `normalizer.cc`) and their equivalents here:
 
 1. spaces become "▁", nothing else is normalised           -> `normalizers.Replace`
 2. user-defined symbols are cut out, the longest first      -> added tokens, looked up after 1 ("▁▁" is one of them)
@@ -14,9 +14,9 @@ What SentencePiece does with a text, and what stands for it here (`sentencepiece
    merged, the leftmost of equals, until none is left       -> `models.BPE`, merges in the order of the scores
 4. a character that is no piece becomes its UTF-8 bytes     -> `byte_fallback`
 
-Three things differ, as in every tokenizer on the Hub. `<bos>` is put in front. The text of a control token ("<bos>") is
-read as that token, without which a chat template could not write it. And where a model writes byte tokens that are no
-UTF-8, `decode` marks each byte of the run with U+FFFD, SentencePiece the invalid ones alone; no encoded text has them.
+Three things differ, as in every tokenizer on the Hub. `<bos>` is prepended. The text of a control token ("<bos>") is
+encoded as that token; a chat template needs this. If a model generates byte tokens that are not UTF-8, `decode`
+replaces each byte of the run by U+FFFD, SentencePiece only the invalid bytes; no encoded text contains them.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Piece = ModelProto.SentencePiece
 SPECIAL_TOKENS = ("<pad>", "<eos>", "<bos>", "<unk>")  # their ids are 0, 1, 2 and 3
 TURN_TOKENS = ("<start_of_turn>", "<end_of_turn>")  # 106 and 107 in the published vocabulary
 
-# Strings that tokenizers tend to disagree on. Every converted tokenizer must encode them as SentencePiece does.
+# Strings on which tokenizers tend to differ. Every converted tokenizer must encode them as SentencePiece does.
 HARD_TEXTS = (
     "",
     " ",
@@ -57,7 +57,7 @@ HARD_TEXTS = (
     "aaaaaaaaaaaaaaaaaaaaaaa abababababababab hahahahaha",
 )
 
-# Gemma's turns. Roles must alternate from "user" on; a system turn does not exist in what these models were taught.
+# Gemma's turns. Roles must alternate, starting with "user"; these models were trained without a system turn.
 CHAT_TEMPLATE = """\
 {{- bos_token -}}
 {%- for message in messages -%}
@@ -79,12 +79,12 @@ CHAT_TEMPLATE = """\
 
 
 def write_tokenizer(tokenizer_model: Path, output: Path, instruction_tuned: bool) -> None:
-    """Writes the tokenizer and generation settings of a checkpoint folder.
+    """Write the tokenizer and generation settings of a checkpoint folder.
 
     Args:
         tokenizer_model: the SentencePiece model that came with the checkpoint.
-        output: the checkpoint folder; its `config.json` must be there already, the vocabulary is compared with it.
-        instruction_tuned: whether this is an -it model: adds the chat template and stops at `<end_of_turn>` too.
+        output: the checkpoint folder with its `config.json`, whose vocabulary size is checked.
+        instruction_tuned: whether this is an -it model, which gets the chat template and also stops at `<end_of_turn>`.
 
     Raises:
         FileNotFoundError: one of the two files is missing.
@@ -112,9 +112,9 @@ def write_tokenizer(tokenizer_model: Path, output: Path, instruction_tuned: bool
 
 
 def check_tokenizer(tokenizer_model: Path, vocab_size: int, instruction_tuned: bool) -> ModelProto:
-    """The SentencePiece model, if `write_tokenizer` can convert it for a model of that vocabulary; raises as it does.
+    """Return the SentencePiece model if `write_tokenizer` can convert it for this vocabulary size, else raise.
 
-    To be asked before the weights are converted, which takes long.
+    Call it before the long conversion of the weights.
     """
     model = read_sentencepiece(tokenizer_model)
     _check_settings(model, tokenizer_model)
@@ -123,7 +123,7 @@ def check_tokenizer(tokenizer_model: Path, vocab_size: int, instruction_tuned: b
 
 
 def read_sentencepiece(path: Path) -> ModelProto:
-    """The contents of a SentencePiece model; FileNotFoundError or ValueError where there is none."""
+    """Read a SentencePiece model; raise FileNotFoundError or ValueError if there is none."""
     if not path.is_file():
         raise FileNotFoundError(f"no tokenizer at {path}: give the tokenizer.model that came with the checkpoint")
     model = ModelProto()
@@ -139,7 +139,7 @@ def read_sentencepiece(path: Path) -> ModelProto:
 
 
 def build_tokenizer(model: ModelProto) -> Tokenizer:
-    """The `tokenizers` pipeline that encodes as the SentencePiece BPE model does, with `<bos>` in front."""
+    """Build the `tokenizers` pipeline that encodes as the SentencePiece BPE model, with `<bos>` prepended."""
     vocabulary = {piece.piece: index for index, piece in enumerate(model.pieces)}
     tokenizer = Tokenizer(
         models.BPE(vocabulary, list(_merges(model)), unk_token="<unk>", fuse_unk=True, byte_fallback=True)
@@ -159,9 +159,9 @@ def build_tokenizer(model: ModelProto) -> Tokenizer:
 
 
 def _merges(model: ModelProto) -> Iterator[tuple[str, str]]:
-    """Every pair of pieces that makes a piece, the piece of the highest score first.
+    """Return every pair of pieces that forms a piece, ordered by the score of the merged piece, highest first.
 
-    User-defined symbols take no part: SentencePiece never merges them with what stands beside them.
+    User-defined symbols are excluded: SentencePiece never merges them with their neighbours.
     """
     scores = {piece.piece: piece.score for piece in model.pieces if piece.type == Piece.NORMAL}
     for text in sorted(scores, key=lambda text: -scores[text]):
@@ -171,7 +171,7 @@ def _merges(model: ModelProto) -> Iterator[tuple[str, str]]:
 
 
 def _check_settings(model: ModelProto, path: Path) -> None:
-    """Names everything in which the model is not the kind of SentencePiece model that Gemma has."""
+    """Raise one error that names every setting in which the model differs from Gemma's."""
     trainer, normalizer = model.trainer_spec, model.normalizer_spec
     kinds = {piece.type for piece in model.pieces}
     conditions = {
@@ -193,7 +193,7 @@ def _check_settings(model: ModelProto, path: Path) -> None:
 
 
 def _check_vocabulary(model: ModelProto, path: Path, vocab_size: int, instruction_tuned: bool) -> None:
-    """The model's embedding has a row for each piece, and an -it model has the tokens that its turns are made of."""
+    """Raise unless the embedding has one row per piece, and an -it model has the tokens of its turns."""
     if len(model.pieces) != vocab_size:
         raise ValueError(
             f"{path} has {len(model.pieces)} pieces and the model a vocab_size of {vocab_size}: "
@@ -205,7 +205,7 @@ def _check_vocabulary(model: ModelProto, path: Path, vocab_size: int, instructio
 
 
 def _check_equal(model: ModelProto, output: Path) -> None:
-    """Reads the written files back and compares them with SentencePiece on `HARD_TEXTS` and on every piece."""
+    """Read the written files back and compare them with SentencePiece on `HARD_TEXTS` and on every piece."""
     reference = SentencePieceProcessor(model_proto=model.SerializeToString())
     tokenizer = AutoTokenizer.from_pretrained(output)
     kinds = (Piece.NORMAL, Piece.USER_DEFINED)
@@ -220,7 +220,7 @@ def _check_equal(model: ModelProto, output: Path) -> None:
 
 
 def _generation_config(tokenizer: PreTrainedTokenizerFast, instruction_tuned: bool) -> GenerationConfig:
-    """Greedy, as long as the caller says, until `<eos>` or the end of the model's turn."""
+    """Return settings for greedy decoding until `<eos>` or the end of the model's turn."""
     end_of_turn = tokenizer.convert_tokens_to_ids("<end_of_turn>")
     return GenerationConfig(
         pad_token_id=tokenizer.pad_token_id,

@@ -1,4 +1,4 @@
-"""A .pt file of the official PyTorch code -> a folder that from_pretrained loads."""
+"""Convert a .pt file of the official PyTorch code to a folder that from_pretrained loads."""
 
 from convert import main, official_to_hf
 

@@ -1,8 +1,8 @@
-"""A checkpoint folder to the Hugging Face Hub. What broke off is resumed by the same call.
+"""Upload a checkpoint folder to the Hugging Face Hub. The same call resumes an interrupted upload.
 
-`huggingface_hub.upload_folder` does the work: it asks the Hub about each file, skips what is there already, sends large
-files as blobs that stay even when the rest fails, and commits files when their blobs have arrived. So a repository
-never shows a commit that points to weights which are not there. (`upload_large_folder` is gone from huggingface_hub 2.)
+`huggingface_hub.upload_folder` asks the Hub about each file, skips existing ones, sends large files as blobs that
+persist even if the rest fails, and commits files after their blobs have arrived. A repository therefore never has a
+commit that points to missing weights. (huggingface_hub 2 has no `upload_large_folder`.)
 
     python conversion/upload.py FOLDER owner/name [--private]
 """
@@ -15,26 +15,26 @@ from pathlib import Path
 
 from huggingface_hub import HfApi, get_token
 
-# HTTPError is that of httpx in huggingface_hub 1 and of httpx2 in 2: asked from here, it is the right one of the two.
+# HTTPError is httpx's in huggingface_hub 1 and httpx2's in 2; this import gives the right one.
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
 
 
 def push(folder: Path, repo_id: str, private: bool = False) -> str:
-    """Uploads a checkpoint folder, creating the repository if it is not there.
+    """Upload a checkpoint folder, creating the repository if necessary.
 
     Args:
-        folder: the checkpoint: `config.json` and the safetensors beside it.
+        folder: the checkpoint: `config.json` and safetensors.
         repo_id: the repository, "owner/name".
-        private: whether a repository that is created is private; one that exists stays as it is.
+        private: whether a new repository is private; an existing one is not changed.
 
     Returns:
         the address of the commit.
 
     Raises:
-        ValueError: the folder holds no checkpoint, or the name is none.
+        ValueError: the folder holds no checkpoint, or the name is invalid.
         PermissionError: there is no token, or it may not write to the repository.
-        ConnectionError: the Hub could not be reached or broke off; the same call resumes.
+        ConnectionError: the Hub could not be reached or the connection broke; the same call resumes.
     """
     _check_folder(folder)
     check_repository(repo_id)
@@ -50,7 +50,7 @@ def push(folder: Path, repo_id: str, private: bool = False) -> str:
 
 
 def check_repository(repo_id: str) -> None:
-    """Raises as `push` does, as far as it can be told without asking the Hub."""
+    """Raise the errors of `push` that can be detected without asking the Hub."""
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
@@ -63,15 +63,15 @@ def check_repository(repo_id: str) -> None:
 
 
 def _check_folder(folder: Path) -> None:
-    """A folder that `from_pretrained` would not load is not worth an upload."""
+    """Raise if `from_pretrained` would not load the folder."""
     missing = [name for name in ("config.json", "*.safetensors") if not any(folder.glob(name))]
     if missing:
         raise ValueError(f"{folder} holds no checkpoint: {' and '.join(missing)} missing; convert one first")
 
 
 def _explained(error: Exception, repo_id: str) -> OSError:
-    """What went wrong, and what to do, from whatever huggingface_hub raised."""
-    # Without hf_xet, a failed blob is a RuntimeError that names the file, raised from what the server said.
+    """Convert an error of huggingface_hub to one that states the cause and the remedy."""
+    # Without hf_xet, a failed blob raises a RuntimeError that names the file, from the server's error.
     answer = error.__cause__ if isinstance(error.__cause__, HfHubHTTPError) else error
     status = answer.response.status_code if isinstance(answer, HfHubHTTPError) else None
     if status in (401, 403):
@@ -82,7 +82,7 @@ def _explained(error: Exception, repo_id: str) -> OSError:
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description="Uploads a checkpoint folder to the Hub, or resumes that.")
     parser.add_argument("folder", type=Path, metavar="FOLDER")
     parser.add_argument("repo_id", metavar="REPO", help="owner/name")

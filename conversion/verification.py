@@ -1,4 +1,4 @@
-"""--verify: the result is read again, compared bit by bit, and its logits with those of the official code."""
+"""Implement --verify: reread the result, compare every bit, and compare its logits with the official code's."""
 
 from importlib import import_module
 from pathlib import Path
@@ -15,16 +15,16 @@ from torch import Tensor, nn
 from recurrent_gemma_hf import RecurrentGemmaConfig, RecurrentGemmaForCausalLM
 
 TOKENS_BT = (2, 24)
-# Of the largest logit. Small models that are converted correctly differ by 2e-5 at most (tests/test_conversion.py) and
-# rounding grows with depth; the exchange of any two arrays moves logits by the order of their own size.
+# Relative to the largest logit. Correctly converted small models differ by at most 2e-5 (tests/test_conversion.py), and
+# rounding grows with depth; exchanging any two arrays changes logits by the order of their size.
 TOLERANCE = 1e-3
-# Memory, by the dialect. The JAX model is there in float32 as a whole, and XLA copies nearly half of it: measured 5.8
-# (benchmarks/LOG.md). In PyTorch one block at a time is, beside the model as it is stored: 4 at most.
+# Peak memory. The whole JAX model is in float32, and XLA copies nearly half of it: measured 5.8 (benchmarks/LOG.md). In
+# PyTorch only one block at a time is in float32, beside the model in its stored dtype: 4 at most.
 BYTES_PER_PARAMETER: dict[Dialect, float] = {"jax": 6.0, "torch": 4.0}
 
 
 def verify_bits(official: OfficialSource, ours: Source, rows: list[Row], plan: Plan, dtype: torch.dtype | None) -> None:
-    """Raises unless every array of the two checkpoints holds the same bits, once both are in `dtype` (None: as is)."""
+    """Raise unless all arrays of the two checkpoints have the same bits after a cast to `dtype` (None: no cast)."""
     wrong = {}
     for row, part in pieces(rows, plan):
         expected = official.read(row.official, part)
@@ -38,12 +38,12 @@ def verify_bits(official: OfficialSource, ours: Source, rows: list[Row], plan: P
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    """As integers: a NaN equals itself, -0 is not 0."""
+    """Return the bits as integers, so that a NaN equals itself and -0 differs from 0."""
     return tensor.contiguous().view(torch.int32 if tensor.itemsize == 4 else torch.int16)
 
 
 def check_can_verify(dialect: Dialect, parameters: int) -> None:
-    """Raises, before the long work starts, where `verify_logits` would fail or be killed for want of memory."""
+    """Raise before the conversion starts if `verify_logits` would fail or run out of memory."""
     try:
         import_module(f"recurrentgemma.{dialect}")
     except ImportError as error:
@@ -63,10 +63,10 @@ def check_can_verify(dialect: Dialect, parameters: int) -> None:
 def verify_logits(
     official: OfficialSource, folder: Path, config: RecurrentGemmaConfig, dtype: torch.dtype | None
 ) -> None:
-    """Raises unless our model in `folder` gives the logits of the official code for random tokens, in float32.
+    """Raise unless our model in `folder` gives the official code's logits for random tokens, in float32.
 
-    Where the conversion rounded to `dtype`, the side that was not rounded is rounded here too. The official arrays go
-    into the official code of their own dialect under their own names: nothing of our mapping takes part.
+    If the conversion rounded to `dtype`, the unrounded side is rounded here too. The official code of the same dialect
+    loads the official arrays under their own names, independently of our mapping.
     """
     tokens_BT = torch.randint(config.vocab_size, TOKENS_BT, generator=torch.Generator().manual_seed(0))
     ours_BTV = _our_logits(folder, tokens_BT, dtype)
@@ -95,7 +95,7 @@ def _rounded(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 
 def _compute_in_float32(model: nn.Module, blocks: nn.ModuleList) -> None:
-    """Casts parameters to float32: those of a block only while it runs, so that a model is never there as a whole."""
+    """Cast parameters to float32, those of a block only while it runs, so that the whole model is never in float32."""
 
     def cast(block: nn.Module, inputs: object) -> None:
         for parameter in block.parameters():

@@ -3,9 +3,9 @@
     python examples/finetune.py --text my.txt --output griffin-mine
 
 Runs as written on the demo checkpoint (about a minute on a laptop for 200 kB). Paragraphs (blocks between empty lines)
-are documents: they are packed into rows without padding, and none sees another. Weight decay spares the RG-LRU, the
-embedding, norms and biases, as Google's own fine-tuning does, whose AdamW (1e-4, 0.96, decay 0.1) is the default here.
-What to change for the published models (`recurrent-gemma memory` says what each takes):
+are documents, packed into rows without padding; no document sees another. Weight decay excludes the RG-LRU, the
+embedding, norms and biases, as in Google's fine-tuning, whose AdamW settings (1e-4, 0.96, decay 0.1) are the defaults.
+Changes for the published models (`recurrent-gemma memory` computes the memory of each):
 
 - 2B (--model google/recurrentgemma-2b): one GPU with 80 GB takes rows of 8192 tokens: --row 8192 --checkpointing.
 - 9B: several such GPUs with FSDP; see docs/training.md. Or LoRA: examples/lora_chat.py.
@@ -26,11 +26,11 @@ VALIDATION_SHARE = 0.1
 
 
 class GriffinTrainer(recurrent_gemma_hf.GriffinTrainerMixin, Trainer):
-    """Trainer, with weight decay where it belongs."""
+    """Excludes the RG-LRU, embedding, norms and biases from weight decay."""
 
 
 def read_documents(path: Path, tokenizer, longest: int) -> list[dict[str, list[int]]]:
-    """One per paragraph, begun by <bos> and ended by <eos>; longer ones are cut into several."""
+    """Return one document per paragraph, from <bos> to <eos>; cut longer ones into several."""
     if not path.is_file():
         raise SystemExit(f"finetune: --text {path}: no such file; give a plain text file")
     paragraphs = [text.strip() for text in path.read_text(encoding="utf-8").split("\n\n") if text.strip()]
@@ -44,7 +44,7 @@ def read_documents(path: Path, tokenizer, longest: int) -> list[dict[str, list[i
 
 
 def into_rows(documents: list[dict[str, list[int]]], size: int) -> list[list[dict[str, list[int]]]]:
-    """Documents in the order they come, as many to a row as fit: rows of equal work from documents of any length."""
+    """Pack documents in order, as many per row as fit, so that rows of any documents cost about the same."""
     rows, room = [[]], size
     for document in documents:
         length = len(document["input_ids"])
@@ -57,10 +57,10 @@ def into_rows(documents: list[dict[str, list[int]]], size: int) -> list[list[dic
 
 
 class Flatten(DataCollatorWithFlattening):
-    """Rows of documents to one row with position_ids that restart."""
+    """Flattens rows of documents to one row whose position_ids restart at 0 per document."""
 
     def __call__(self, features, *args, **kwargs):
-        """Features are rows here, lists of documents."""
+        """Flatten `features`, which are rows: lists of documents."""
         return super().__call__([document for row in features for document in row], *args, **kwargs)
 
 
@@ -70,15 +70,15 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True, help="folder for the checkpoint")
     parser.add_argument("--epochs", type=float, default=1)
-    parser.add_argument("--steps", type=int, default=-1, help="stop after so many updates")
+    parser.add_argument("--steps", type=int, default=-1, help="stop after this many updates")
     parser.add_argument("--learning-rate", type=float, default=1e-4)
     parser.add_argument("--row", type=int, default=1024, help="tokens of a packed row")
     parser.add_argument("--accumulate", type=int, default=1, help="rows per update and device")
     parser.add_argument("--checkpointing", action="store_true", help="less memory, a third more time")
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in the output folder")
+    parser.add_argument("--resume", action="store_true", help="resume from the last checkpoint in the output folder")
     options = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(options.model)
-    # Weights in float32 whatever the checkpoint has: updates of 1e-4 would be lost in bfloat16.
+    # Always float32 weights: bfloat16 would round updates of 1e-4 away.
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
     documents = read_documents(options.text, tokenizer, options.row)
     split = int(len(documents) * (1 - VALIDATION_SHARE))

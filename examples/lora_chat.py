@@ -2,11 +2,11 @@
 
     python examples/lora_chat.py --data examples/chat.jsonl --output griffin-chat
 
-Runs as written on the demo checkpoint (a minute on a laptop). The data are JSON lines with a `prompt` and a
-`completion`, each a list of messages, as TRL takes them; only the completions are learned. What to change for the
-published models (--model google/recurrentgemma-2b-it or 9b-it; `recurrent-gemma memory` says what each takes):
+Runs as written on the demo checkpoint (a minute on a laptop). The data are JSON lines in TRL's format, with a `prompt`
+and a `completion`, each a list of messages; the loss covers only the completions. Changes for the published models
+(--model google/recurrentgemma-2b-it or 9b-it; `recurrent-gemma memory` computes the memory of each):
 
-- 2B: --learning-rate 2e-4 --epochs 3 on one GPU with 12 GB. Its tokenizer brings a chat template of its own.
+- 2B: --learning-rate 2e-4 --epochs 3 on one GPU with 12 GB. Its tokenizer has a chat template.
 - 9B: the same and --four-bit, on one GPU with 16 GB.
 - Both: --device-batch 1 --accumulate 8 if rows are long; packing already fills them.
 """
@@ -23,7 +23,7 @@ from trl import SFTConfig, SFTTrainer
 
 import recurrent_gemma_hf
 
-# Gemma's turns, for checkpoints that have no template. The demo reads them as text, having no tokens for them, so its
+# Gemma's turns, for checkpoints without a template. The demo has no tokens for them and encodes them as text, so its
 # answers end with <eos>.
 GEMMA_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}<start_of_turn>"
@@ -48,12 +48,12 @@ def load(name: str, four_bit: bool) -> tuple:
     if tokenizer.chat_template is None:
         tokenizer.chat_template = GEMMA_TEMPLATE
     how = None
-    if four_bit:  # norms, convolution, gates, Lambda, embedding and head are left as they are
+    if four_bit:  # norms, convolution, gates, Lambda, embedding and head keep their dtype
         how = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.bfloat16,
         )  # fmt: skip
-    # On a CPU small models train best in float32; a GPU takes the published bfloat16.
+    # Small models train best in float32 on a CPU; a GPU uses the published bfloat16.
     dtype = torch.bfloat16 if torch.cuda.is_available() or four_bit else torch.float32
     return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, quantization_config=how), tokenizer
 

@@ -1,4 +1,4 @@
-"""Draw the loss curves of the demo checkpoint and of what was trained beside it from the logs of train_demo.py.
+"""Draw the loss curves of the demo checkpoint and its peers from the logs of train_demo.py.
 
 python examples/plot_demo_loss.py griffin.jsonl hawk.jsonl transformer.jsonl --output demo_loss.png
 """
@@ -29,7 +29,7 @@ def draw(axes: plt.Axes, path: Path) -> None:
     name = header["architecture"]
     label = f"{name.capitalize()}, {header['parameters'] / 1e6:.2f} M parameters"
     steps = [row["step"] for row in rows]
-    # A training loss is the mean since the evaluation before, so it belongs to the middle of that stretch.
+    # A training loss is the mean since the previous evaluation, so it is drawn at the middle of that interval.
     middles = [(before + step) / 2 for before, step in zip([0, *steps], steps, strict=False)]
     numbers = f"{result['validation_loss']:.3f} nats per token, {result['bits_per_character']:.3f} bits per character"
     axes.plot(

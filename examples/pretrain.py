@@ -1,15 +1,15 @@
-"""Pretrain a Griffin of your own design on any text file.
+"""Pretrain your own Griffin on any text file.
 
     python examples/pretrain.py --config examples/griffin.json --text my.txt --output my-griffin --steps 150
 
-The tokenizer is trained on the text too. Everything is train_demo.py's, which trained the demo checkpoint of the
-package: the first 90% of the text are learned, the rest is what the weights are chosen by, and the folder appears only
-when it is complete. The config may hold any field of RecurrentGemmaConfig but the vocabulary's; a model of the papers'
-sizes begins with RecurrentGemmaConfig.from_preset("griffin-paper-7b"). Runs as written in about two minutes.
+The script also trains the tokenizer on the text. It uses the code of train_demo.py, which trained the package's demo
+checkpoint: it trains on the first 90% of the text, selects the weights by the loss on the rest, and creates the folder
+only when it is complete. The config may contain any field of RecurrentGemmaConfig except the vocabulary's; for the
+papers' sizes start from RecurrentGemmaConfig.from_preset("griffin-paper-7b"). Runs as written in about two minutes.
 
-What to change for 2B and 9B: the data and the loop. This script keeps the text in memory and trains on one device in
-float32; at those sizes use Trainer with a streamed data set, bf16=True and FSDP (docs/training.md), from
-RecurrentGemmaForCausalLM(RecurrentGemmaConfig.from_preset("recurrentgemma-2b")), and parameter_groups for the decay.
+For 2B and 9B, change the data and the loop: this script keeps the text in memory and trains on one device in float32.
+At those sizes use Trainer with a streamed data set, bf16=True and FSDP (docs/training.md), starting from
+RecurrentGemmaForCausalLM(RecurrentGemmaConfig.from_preset("recurrentgemma-2b")), and parameter_groups for weight decay.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from recurrent_gemma_hf import RecurrentGemmaConfig, RecurrentGemmaForCausalLM
 
 
 def read_config(path: Path) -> RecurrentGemmaConfig:
-    """The config of a file, with the ids of the special tokens that the tokenizer will have."""
+    """Read a config file and set the special-token ids of the tokenizer to be trained."""
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
         return RecurrentGemmaConfig(
@@ -64,7 +64,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, required=True, help="JSON file with fields of RecurrentGemmaConfig")
     parser.add_argument("--text", type=Path, required=True, help="plain text file to learn from")
-    parser.add_argument("--output", type=Path, required=True, help="checkpoint folder to make")
+    parser.add_argument("--output", type=Path, required=True, help="checkpoint folder to create")
     parser.add_argument("--steps", type=int, default=1400)
     parser.add_argument("--vocab-size", type=int, default=1024)
     parser.add_argument("--batch-size", type=int, default=4)

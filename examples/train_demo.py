@@ -1,4 +1,4 @@
-"""Train the demo checkpoint: a small Griffin, or a Hawk or transformer of equal size to set beside it, on Shakespeare.
+"""Train the demo checkpoint, a small Griffin, or a Hawk or transformer of equal size for comparison, on Shakespeare.
 
     python examples/train_demo.py --text tinyshakespeare.txt --architecture griffin --output griffin --log griffin.jsonl
     python examples/train_demo.py --text tinyshakespeare.txt --architecture hawk --output hawk --log hawk.jsonl
@@ -7,7 +7,7 @@
 The runs share the tokenizer (trained on the training split alone), the windows and their order, the number of steps,
 the optimizer and its schedule; only the architecture differs. The first 90% of the characters are the training text,
 the rest is the validation text. Training is in float32; the weights with the lowest validation loss are saved as
-bfloat16, reloaded from the finished folder and measured once more: the reported numbers are those of the files.
+bfloat16, reloaded from the finished folder and evaluated again: the reported losses are those of the saved files.
 
 Shape suffixes: B batch, T time (tokens of one window), V vocabulary.
 """
@@ -50,7 +50,7 @@ TRAINING_SHARE = 0.9
 
 @dataclass(frozen=True)
 class Settings:
-    """What every architecture is trained with; one step sees batch_size * window tokens."""
+    """Holds the settings shared by all architectures; one step sees batch_size * window tokens."""
 
     steps: int
     vocab_size: int = 1024
@@ -67,7 +67,7 @@ class Settings:
 
 
 class DemoError(Exception):
-    """A problem the caller can solve; its message names the value and the remedy."""
+    """Reports a problem that the caller can solve; the message names the value and the remedy."""
 
 
 def read_text(path: Path, window: int) -> tuple[str, str]:
@@ -75,7 +75,7 @@ def read_text(path: Path, window: int) -> tuple[str, str]:
     if not path.is_file():
         raise DemoError(f"--text {path}: no such file; give a plain text file, for example tinyshakespeare.txt")
     text = path.read_text(encoding="utf-8")
-    # A token is at most a few characters long, so this leaves several windows of validation text.
+    # A token has at most a few characters, so this leaves several windows of validation text.
     needed = 200 * window
     if len(text) < needed:
         raise DemoError(f"--text {path}: {len(text)} characters are too few to train on; at least {needed} are needed")
@@ -84,7 +84,7 @@ def read_text(path: Path, window: int) -> tuple[str, str]:
 
 
 def train_tokenizer(text: str, vocab_size: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE: every string round-trips, nothing is ever unknown; <bos> comes first, as in Gemma."""
+    """Train a byte-level BPE: every string round-trips, no token is unknown; <bos> comes first, as in Gemma."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -127,11 +127,11 @@ def build_model(architecture: str, vocab_size: int) -> PreTrainedModel:
         "bos_token_id": BOS,
     }
     if architecture == "transformer":
-        # The Griffin paper's baseline: multi-query attention in every layer, gated GELU. The narrower attention block
-        # leaves parameters, which go to the MLP.
+        # The Griffin paper's baseline: multi-query attention in every layer, gated GELU. The MLP receives the
+        # parameters that the narrower attention block saves.
         config = GemmaConfig(**shared, head_dim=40, intermediate_size=516, max_position_embeddings=256)
         return GemmaForCausalLM(config)
-    # A recurrent block has more parameters than an attention block; Hawk's MLPs give them back. intermediate_size is
+    # A recurrent block has more parameters than an attention block, so Hawk's MLPs are narrower. intermediate_size is
     # twice the width of each branch.
     hawk = {"block_types": ["recurrent"], "intermediate_size": 924}
     griffin = {"block_types": ["recurrent", "recurrent", "attention"], "intermediate_size": 960}
@@ -146,7 +146,7 @@ def build_model(architecture: str, vocab_size: int) -> PreTrainedModel:
 
 
 def training_windows(tokens: torch.Tensor, settings: Settings) -> Iterator[torch.Tensor]:
-    """Yield for ever batches [B, T + 1] of windows that begin with <bos>, at places drawn from the seed alone."""
+    """Yield endless batches [B, T + 1] of windows that begin with <bos>, at places that depend only on the seed."""
     generator = torch.Generator().manual_seed(settings.seed)
     offsets = torch.arange(settings.window)
     bos = torch.full((settings.batch_size, 1), BOS)
@@ -156,7 +156,7 @@ def training_windows(tokens: torch.Tensor, settings: Settings) -> Iterator[torch
 
 
 def window_loss(model: PreTrainedModel, window_BT: torch.Tensor, reduction: str) -> torch.Tensor:
-    """Cross entropy (nats, float32) of every token of the windows [B, T + 1] but the first, each window a document."""
+    """Return the cross entropy (nats, float32) of all tokens but the first; each window [B, T + 1] is a document."""
     inputs_BT, targets_BT = window_BT[:, :-1], window_BT[:, 1:]
     positions_BT = torch.arange(inputs_BT.shape[1]).expand_as(inputs_BT)
     logits_BTV = model(input_ids=inputs_BT, position_ids=positions_BT, use_cache=False).logits
@@ -165,7 +165,7 @@ def window_loss(model: PreTrainedModel, window_BT: torch.Tensor, reduction: str)
 
 @torch.no_grad()
 def windowed_loss(model: PreTrainedModel, tokens: torch.Tensor, window: int) -> float:
-    """Mean loss per token over all tokens, in windows one after the other, each seen from its own <bos>."""
+    """Return the mean loss per token over consecutive windows, each starting from its own <bos>."""
     model.eval()
     whole = len(tokens) // window * window
     bos = torch.full((whole // window, 1), BOS)
@@ -177,7 +177,7 @@ def windowed_loss(model: PreTrainedModel, tokens: torch.Tensor, window: int) -> 
 
 @torch.no_grad()
 def streamed_loss(model: PreTrainedModel, tokens: torch.Tensor, window: int) -> float:
-    """Mean loss per token over all tokens as one document, read piece by piece with the cache carried along."""
+    """Return the mean loss per token of one document, processed piece by piece with the cache carried along."""
     model.eval()
     stream = torch.cat([torch.tensor([BOS]), tokens])
     cache, total = None, 0.0
@@ -191,7 +191,7 @@ def streamed_loss(model: PreTrainedModel, tokens: torch.Tensor, window: int) -> 
 
 
 def make_optimizer(model: PreTrainedModel, settings: Settings) -> torch.optim.AdamW:
-    """AdamW; Lambda (the decay of the recurrence), norms and biases are not pulled towards zero."""
+    """Return AdamW without weight decay on Lambda, norms and biases."""
     decayed, kept = [], []
     for name, parameter in model.named_parameters():
         (decayed if name.endswith("weight") and parameter.ndim >= 2 else kept).append(parameter)
@@ -200,7 +200,7 @@ def make_optimizer(model: PreTrainedModel, settings: Settings) -> torch.optim.Ad
 
 
 def learning_rate(step: int, settings: Settings) -> float:
-    """Linear warmup, then a cosine down to the final learning rate."""
+    """Return the learning rate: linear warmup, then a cosine down to the final value."""
     if step < settings.warmup_steps:
         return settings.learning_rate * (step + 1) / settings.warmup_steps
     progress = (step - settings.warmup_steps) / max(1, settings.steps - settings.warmup_steps)
@@ -258,21 +258,21 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Pat
 
 
 def measure(folder: Path, validation: str, architecture: str, window: int) -> dict[str, float]:
-    """Reload a finished folder and measure it on the validation text, in bfloat16 as it is stored."""
+    """Reload a finished folder and evaluate it on the validation text in its stored bfloat16."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     tokens = encode(AutoTokenizer.from_pretrained(folder), validation)
     bits_per_character = len(tokens) / len(validation) / math.log(2)  # of one nat per token
     loss = windowed_loss(model, tokens, window)
     result = {"validation_loss": loss, "bits_per_character": loss * bits_per_character}
     if architecture != "transformer":
-        # The transformer has never seen a position beyond the window; the others read on with the same small state.
+        # The transformer was not trained on positions beyond the window; the others carry their constant-size state.
         loss = streamed_loss(model, tokens, window)
         result |= {"streamed_validation_loss": loss, "streamed_bits_per_character": loss * bits_per_character}
     return result
 
 
 def sample(folder: Path, prompt: str) -> str:
-    """Return what the finished checkpoint writes after the prompt with its own generation settings."""
+    """Return the text that the checkpoint generates after the prompt with its own generation settings."""
     torch.manual_seed(0)
     generate = transformers.pipeline("text-generation", model=str(folder))
     return generate(prompt)[0]["generated_text"]
@@ -283,14 +283,14 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", type=Path, required=True, help="plain text file to learn from")
     parser.add_argument("--architecture", choices=["griffin", "hawk", "transformer"], required=True)
-    parser.add_argument("--output", type=Path, required=True, help="checkpoint folder to make (absent or empty)")
+    parser.add_argument("--output", type=Path, required=True, help="checkpoint folder to create (absent or empty)")
     parser.add_argument("--log", type=Path, required=True, help="JSON lines: settings, one line per evaluation, result")
     parser.add_argument("--steps", type=int, default=1400)
     return parser.parse_args(arguments)
 
 
 def run(options: argparse.Namespace) -> None:
-    """Train, save, measure. The folder and the log appear under their names only when they are complete."""
+    """Train, save and evaluate. The folder and the log appear under their names only when complete."""
     settings = Settings(steps=options.steps)
     if settings.steps < 1:
         raise DemoError(f"--steps {settings.steps}: at least one step is needed")
@@ -330,7 +330,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Return the exit status: 0, or 1 after a message about something that the caller can solve."""
+    """Return the exit status: 0, or 1 after printing a DemoError."""
     try:
         run(parse_arguments(arguments))
     except DemoError as error:

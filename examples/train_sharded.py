@@ -1,15 +1,14 @@
-"""Fine-tune on a text file over several devices, which share weights, gradients and optimizer (FSDP2).
+"""Fine-tune on a text file over several devices with sharded weights, gradients and optimizer (FSDP2).
 
     torchrun --nproc-per-node 2 examples/train_sharded.py --text TEXT                  # every rank its own sequences
     torchrun --nproc-per-node 4 examples/train_sharded.py --text TEXT --ranks-per-sequence 4 --length 131072 --steps 1
 
-The second line is context parallelism: every sequence lies on four ranks, a quarter of its tokens on each. With
-`--ranks-per-sequence 2` on eight ranks, four sequences are trained on at a time. A text that is too short is repeated.
+The second line uses context parallelism: four ranks hold a quarter of each sequence. With `--ranks-per-sequence 2` on
+eight ranks, four sequences are trained on at a time. A text that is too short is repeated.
 
 For RecurrentGemma: `--model google/recurrentgemma-2b --bf16 --length 8192`. Weights, gradients and AdamW take 16 bytes
 per parameter, 43 GB for 2B and 137 GB for 9B, divided by the number of ranks: 2 and 4 GPUs of 80 GB leave room for the
-activations. Long sequences need more ranks, `--ranks-per-sequence` of them for each; a rank holds the activations of
-length / ranks tokens.
+activations. Long sequences need a larger `--ranks-per-sequence`: a rank holds the activations of length / ranks tokens.
 
 Shape suffixes: B batch (1), T tokens of a sequence.
 """
@@ -34,7 +33,7 @@ from recurrent_gemma_hf.context_parallel import shard_sequence
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--text", type=Path, nargs="+", required=True, help="text files, one after the other")
+    parser.add_argument("--text", type=Path, nargs="+", required=True, help="text files, concatenated in this order")
     parser.add_argument("--model", default=recurrent_gemma_hf.demo_checkpoint(), help="folder or Hub id")
     parser.add_argument("--ranks-per-sequence", type=int, default=1, help="more than 1: context parallelism")
     parser.add_argument("--length", type=int, default=2048, help="tokens of a sequence")
@@ -46,7 +45,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def load_sharded(name: str, bf16: bool) -> PreTrainedModel:
-    """The model in float32, each rank with its share of every weight; starts torch.distributed."""
+    """Start torch.distributed and load the model in float32, each rank with its shard of every weight."""
     config = DistributedConfig(fsdp_size=dist.get_world_size(), fsdp_mixed_precision=bf16)
     model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, distributed_config=config)
     with warnings.catch_warnings(action="ignore", category=FutureWarning):  # its new name is not in Transformers 5.17
@@ -55,7 +54,7 @@ def load_sharded(name: str, bf16: bool) -> PreTrainedModel:
 
 
 def read_tokens(paths: list[Path], name: str, at_least: int) -> torch.Tensor:
-    """(n,) ids of the texts, repeated until there are enough."""
+    """Return (n,) ids of the texts, repeated if there are too few."""
     tokenizer = AutoTokenizer.from_pretrained(name)
     tokens = torch.tensor(tokenizer("\n\n".join(path.read_text() for path in paths), verbose=False).input_ids)
     return tokens.repeat(-(-at_least // len(tokens)))

@@ -24,7 +24,13 @@ from recurrent_gemma_hf.linear_recurrence import (
     resolve_backend,
     triton_refusal,
 )
-from recurrent_gemma_hf.recurrent_block import causal_conv1d
+from recurrent_gemma_hf.recurrent_block import (
+    RecurrentBlockParameters,
+    causal_conv1d,
+    recurrent_block,
+    recurrent_block_reference,
+    recurrent_block_step,
+)
 from recurrent_gemma_hf.rg_lru import CausalConv1d
 
 LIMITS = {torch.float32: 1e-4, torch.bfloat16: 4e-2}  # relative, in norm
@@ -90,6 +96,66 @@ def convolutions(device: torch.device) -> list[tuple[str, Callable[[], tuple[flo
         (f"convolution {dtype} {shape}", lambda d=dtype, s=shape: claim(d, s))
         for dtype in LIMITS
         for shape in ((1, 4, 7), (2, 260, 100), (3, 1003, 256))
+    ]
+
+
+def blocks(device: torch.device) -> list[tuple[str, Callable[[], tuple[float, float]]]]:
+    """Check the kernels of the inside of the block and their gradients, and of its step, with every option at once."""
+    if triton_refusal(device) is not None:
+        return []
+
+    def drawn(shape: tuple[int, int, int, int]) -> tuple[list[torch.Tensor], list[torch.Tensor], dict, dict]:
+        B, T, H, d = shape
+        D, K = H * d, 4
+        parameters = [
+            torch.randn(D, 1, K) / 2, torch.randn(D), torch.randn(H, d, d) / d**0.5, torch.randn(H, d),
+            torch.randn(H, d, d) / d**0.5, torch.randn(H, d), torch.randn(D),
+        ]  # fmt: skip
+        states = {"context_BCD": torch.randn(B, K - 1, D), "h0_BD": torch.randn(B, D)}
+        flags = {"reset_BT": torch.rand(B, T) < 0.01, "hold_BT": torch.rand(B, T) < 0.05}
+        flags["reach_BTK"] = (torch.rand(B, T, K) < 0.9).float()
+        return [torch.randn(B, T, D) for _ in range(2)], parameters, states, flags
+
+    def claim(dtype: torch.dtype, shape: tuple[int, int, int, int]) -> tuple[float, float]:
+        inputs, parameters, states, flags = drawn(shape)
+        inputs, parameters = ([tensor.to(dtype) for tensor in group] for group in (inputs, parameters))
+        states = {name: state.to(torch.float32 if name == "h0_BD" else dtype) for name, state in states.items()}
+        results = []
+        for where, exact, function in ((device, False, recurrent_block), ("cpu", True, recurrent_block_reference)):
+
+            def leaf(tensor: torch.Tensor, where: object = where, exact: bool = exact) -> torch.Tensor:
+                return tensor.to(where, torch.float64 if exact else tensor.dtype).detach().clone().requires_grad_()
+
+            u, y = map(leaf, inputs)
+            mine = RecurrentBlockParameters(*map(leaf, parameters))
+            starts = {name: leaf(state) for name, state in states.items()}
+            out, last = function(u, y, mine, **starts, **{name: flag.to(where) for name, flag in flags.items()})
+            (out.double().square().sum() + last.double().square().sum()).backward()
+            results.append([out, last, *(leaf.grad for leaf in (u, y, *mine, *starts.values()))])
+        return max(off(*pair) for pair in zip(*results, strict=True)), LIMITS[dtype]
+
+    def step(dtype: torch.dtype, shape: tuple[int, int, int, int]) -> tuple[float, float]:
+        inputs, parameters, states, flags = drawn((shape[0], 1, *shape[2:]))
+        u, y = (tensor[:, 0].to(device, dtype) for tensor in inputs)
+        theirs = [tensor.to(dtype).double() for tensor in (*inputs, *parameters, states["context_BCD"])]
+        out, last = recurrent_block_reference(
+            *theirs[:2], RecurrentBlockParameters(*theirs[2:-1]), context_BCD=theirs[-1],
+            h0_BD=states["h0_BD"].double(), **flags,
+        )  # fmt: skip
+        conv_state = states["context_BCD"].transpose(1, 2).to(device, dtype).contiguous()
+        h = states["h0_BD"].to(device)
+        mine = recurrent_block_step(
+            u, y, RecurrentBlockParameters(*(p.to(device, dtype) for p in parameters)), conv_state, h,
+            reset_B=flags["reset_BT"][:, 0].to(device), hold_B=flags["hold_BT"][:, 0].to(device),
+            reach_BK=flags["reach_BTK"][:, 0].to(device),
+        )  # fmt: skip
+        return max(off(mine, out[:, 0]), off(h, last)), LIMITS[dtype]
+
+    return [
+        (f"{what} {dtype} {shape}", lambda c=check, d=dtype, s=shape: c(d, s))
+        for what, check in (("block", claim), ("step", step))
+        for dtype in LIMITS
+        for shape in ((1, 1, 1, 16), (2, 257, 4, 80), (1, 3000, 10, 256), (5, 130, 2, 128))
     ]
 
 
@@ -165,11 +231,12 @@ def official(device: torch.device) -> list[tuple[str, Callable[[], tuple[float, 
         needed("recurrentgemma.torch")
         sys.path.insert(0, "tests")
         import oracles
+        import small_models
 
         worst = 0.0
-        for variant in oracles.VARIANTS:
-            config = oracles.tiny_config(variant)
-            model = oracles.build(config)
+        for variant in small_models.VARIANTS:
+            config = small_models.tiny_config(variant)
+            model = small_models.build(config)
             theirs = oracles.official_torch(config, model.state_dict())
             ids = torch.randint(2, config.vocab_size, (2, 40))
             with torch.no_grad():
@@ -186,7 +253,7 @@ def main() -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
     failed = 0
     with recorded(f"correct_{args.device.type}", ["claim", "deviation", "limit", "holds"]) as add:
-        for kind in (scans, convolutions, models, generation, official):
+        for kind in (scans, convolutions, blocks, models, generation, official):
             for claim, check in kind(args.device):
                 row: dict[str, object] = {"claim": claim}
                 try:

@@ -31,8 +31,10 @@ class AttentionMask(NamedTuple):
     in_blocks: bool = False  # long enough for `attend_in_blocks`
     prepared: Any = None  # what the attention implementation gets: made once, for all layers
 
-    def visible(self, queries: slice = slice(None), keys: slice = slice(None)) -> torch.Tensor:
+    def visible(self, queries: slice | None = None, keys: slice | None = None) -> torch.Tensor:
         """(B or 1, 1, T', K') bool for a block of queries and keys."""
+        everything = slice(None)  # no default argument: torch 2.11 cannot compile one
+        queries, keys = everything if queries is None else queries, everything if keys is None else keys
         key_rank = self.key_rank[:, None, keys]
         distance = self.query_rank[:, queries, None] - key_rank
         seen = (distance >= 0) & (distance <= self.reach[:, queries, None]) & (key_rank >= 0)

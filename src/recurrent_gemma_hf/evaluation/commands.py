@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -106,8 +107,6 @@ def _summary(record: dict[str, Any]) -> str:
 
 def _import_extra(module: str) -> Any:
     """A module of this folder that needs the extra; says how to install it where it is missing."""
-    from importlib import import_module
-
     try:
         return import_module(f"{__package__}.{module}")
     except ModuleNotFoundError as error:

@@ -63,7 +63,9 @@ def ours(backend: str, compiled: bool = False) -> Callable[..., Block]:
         if inside:
             module.linear_x = module.linear_y = module.linear_out = nn.Identity()
         reset = torch.zeros(1, x_BTE.shape[1], 1, dtype=torch.bool, device=x_BTE.device)
-        step = Step(cos_BTr=None, sin_BTr=None, reset_BT1=reset, hold_BT1=None, reach_BTK=None, attention=None)  # type: ignore[arg-type]
+        step = Step(
+            cos_BTr=None, sin_BTr=None, reset_BT1=reset, is_padding_BT1=None, conv_tap_mask_BTK=None, attention=None
+        )  # type: ignore[arg-type]
         call = torch.compile(module.forward, dynamic=False) if compiled else module
         return lambda x: call(x, step, None)[0]
 

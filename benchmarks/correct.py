@@ -83,11 +83,11 @@ def convolutions(device: torch.device) -> list[tuple[str, Callable[[], tuple[flo
         inputs = [
             tensor.to(dtype) for tensor in (torch.randn(shape), torch.randn(shape[2], 1, 4), torch.randn(shape[2]))
         ]
-        reach = (torch.rand(1, shape[1] - 3, 4) < 0.8).to(dtype)
+        conv_tap_mask = (torch.rand(1, shape[1] - 3, 4) < 0.8).to(dtype)
         results = []
         for where, kind, function in ((device, dtype, causal_conv1d), ("cpu", torch.float64, CausalConv1d.apply)):
             mine = [tensor.to(where, kind).detach().clone().requires_grad_() for tensor in inputs]
-            out = function(*mine, reach.to(where, kind))
+            out = function(*mine, conv_tap_mask.to(where, kind))
             out.double().square().sum().backward()
             results.append([out, *(tensor.grad for tensor in mine)])
         return max(off(*pair) for pair in zip(*results, strict=True)), LIMITS[dtype] / 4

@@ -104,9 +104,9 @@ def block_cases():
     module, fp32, u8 = recurrent_block_triton, torch.float32, torch.uint8
     names = "h0 softplus decay end last carries dlast dh0 sums h".split()
     for label, dtype in (("bf16", torch.bfloat16), ("fp32", fp32)):
-        dtypes = {"u_ptr": dtype, "reset_ptr": u8, "hold_ptr": u8, **{f"{name}_ptr": fp32 for name in names}}
+        dtypes = {"u_ptr": dtype, "reset_ptr": u8, "is_padding_ptr": u8, **{f"{name}_ptr": fp32 for name in names}}
         index = int(dtype == fp32)
-        common = {"HAS_CONTEXT": False, "HAS_RESET": True, "HAS_HOLD": False, "HAS_REACH": True, "K": 4}
+        common = {"HAS_CONTEXT": False, "HAS_RESET": True, "HAS_PADDING": False, "HAS_CONV_TAP_MASK": True, "K": 4}
         gates = {**common, "HEAD": 256, "CHUNK": module.CHUNK, "UPCAST": False}
         forward, backward = module.FORWARD_TILES[index], module.BACKWARD_TILES[index]
         for summary in (True, False):
@@ -116,12 +116,18 @@ def block_cases():
             constants = {**gates, "SUMMARY": summary, "TIME": backward.time, "CHANNELS": backward.channels}
             yield f"block backward{suffix}", module.block_backward_kernel, dtypes, constants, backward.warps
         tile = module.CONV_TILE
-        constants = {"HAS_CONTEXT": True, "HAS_REACH": True, "K": 4, "TIME": tile.time, "CHANNELS": tile.channels}
+        constants = {
+            "HAS_CONTEXT": True,
+            "HAS_CONV_TAP_MASK": True,
+            "K": 4,
+            "TIME": tile.time,
+            "CHANNELS": tile.channels,
+        }
         yield f"conv {label}", module.conv_kernel, dtypes, constants, tile.warps
         yield f"conv backward {label}", module.conv_backward_kernel, dtypes, {**constants, "SUMS": 8}, tile.warps
         tile = module.DECODE_TILES[index]
         constants = {name: value for name, value in gates.items() if name not in ("HAS_CONTEXT", "CHUNK")}
-        constants |= {"HAS_HOLD": True, "ROWS": tile.time, "CHANNELS": tile.channels}
+        constants |= {"HAS_PADDING": True, "ROWS": tile.time, "CHANNELS": tile.channels}
         yield f"decode {label}", module.decode_kernel, dtypes, constants, tile.warps
 
 

@@ -62,8 +62,8 @@ def make(B, T, H, d, K=4, *, dtype=torch.float32, seed=0):
     states = {"context_BCD": normal(B, K - 1, D) if K > 1 else None, "h0_BD": normal(B, D)}
     flags = {
         "reset_BT": torch.rand(B, T, generator=random) < 0.1,
-        "hold_BT": torch.rand(B, T, generator=random) < 0.1,
-        "reach_BTK": (torch.rand(B, T, K, generator=random) < 0.8).to(dtype),
+        "is_padding_BT": torch.rand(B, T, generator=random) < 0.1,
+        "conv_tap_mask_BTK": (torch.rand(B, T, K, generator=random) < 0.8).to(dtype),
     }
     return normal(B, T, D), normal(B, T, D), parameters, states, flags
 
@@ -217,23 +217,23 @@ def test_operators_keep_their_promises():
     plain = [parameter.detach() for parameter in parameters]
     arguments = u.detach()[:, 0], y.detach()[:, 0], torch.randn(1, 2, 1), torch.randn(1, 2)
     torch.library.opcheck(kernels.decode, (*arguments, *plain, None, None, None), test_utils=cheap)
-    conv_inputs = torch.cat([states["context_BCD"], u], dim=1), flags["reach_BTK"], prepared[0], prepared[1]
+    conv_inputs = torch.cat([states["context_BCD"], u], dim=1), flags["conv_tap_mask_BTK"], prepared[0], prepared[1]
     torch.library.opcheck(kernels.conv, conv_inputs, test_utils=cheap)
 
 
-@pytest.mark.parametrize("has_reach", [True, False])
+@pytest.mark.parametrize("has_conv_tap_mask", [True, False])
 @pytest.mark.parametrize("shape", [(2, 19, 1, 20, 4), (1, 1, 1, 3, 4), (1, 9, 1, 3, 1)], ids=str)
-def test_the_convolution_by_itself(shape, has_reach):
+def test_the_convolution_by_itself(shape, has_conv_tap_mask):
     (B, T, H, d, K), (u, _, parameters, _, flags) = shape, make(*shape)
     full = torch.randn(B, K - 1 + T, H * d, requires_grad=True)
-    reach = flags["reach_BTK"] if has_reach else None
+    conv_tap_mask = flags["conv_tap_mask_BTK"] if has_conv_tap_mask else None
     inputs = full, parameters.conv_weight_D1K, parameters.conv_bias_D
     weight = torch.randn(u.shape)
-    out = causal_conv1d(*inputs, reach)
+    out = causal_conv1d(*inputs, conv_tap_mask)
     gradients = torch.autograd.grad((out * weight).sum(), inputs)
 
     full, conv_weight, bias = doubles = [in_float64(tensor) for tensor in inputs]
-    taps = torch.ones(B, T, K, dtype=torch.float64) if reach is None else reach.double()
+    taps = torch.ones(B, T, K, dtype=torch.float64) if conv_tap_mask is None else conv_tap_mask.double()
     wanted = bias + sum(full[:, k : k + T] * taps[..., k, None] * conv_weight[:, 0, k] for k in range(K))
     torch.testing.assert_close(out.double(), wanted, rtol=1e-6, atol=1e-6)
     for mine, theirs in zip(gradients, torch.autograd.grad((wanted * weight).sum(), doubles), strict=True):
@@ -264,7 +264,7 @@ def test_a_step_is_a_block_of_one_token_in_place(shape, with_flags):
         u.double(), y.double(), RecurrentBlockParameters(*map(in_float64, parameters)),
         **{name: state.double() for name, state in states.items()}, **options,
     )  # fmt: skip
-    names = {"reset_BT": "reset_B", "hold_BT": "hold_B", "reach_BTK": "reach_BK"}
+    names = {"reset_BT": "reset_B", "is_padding_BT": "is_padding_B", "conv_tap_mask_BTK": "conv_tap_mask_BK"}
     addresses = conv_state.data_ptr(), h.data_ptr()
     out = recurrent_block_step(
         u[:, 0], y[:, 0], parameters, conv_state, h, **{names[name]: flag[:, 0] for name, flag in options.items()}
@@ -272,7 +272,7 @@ def test_a_step_is_a_block_of_one_token_in_place(shape, with_flags):
     torch.testing.assert_close(out.double(), expected[:, 0], rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(h.double(), last, rtol=1e-6, atol=1e-6)
     shifted = torch.cat([states["context_BCD"], u], dim=1)[:, 1:].transpose(1, 2)
-    held = flags["hold_BT"][..., None] if with_flags else torch.zeros(shape[0], 1, 1, dtype=torch.bool)
+    held = flags["is_padding_BT"][..., None] if with_flags else torch.zeros(shape[0], 1, 1, dtype=torch.bool)
     assert torch.equal(conv_state, torch.where(held, states["context_BCD"].transpose(1, 2), shifted))
     assert (conv_state.data_ptr(), h.data_ptr()) == addresses
 

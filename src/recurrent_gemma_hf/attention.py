@@ -18,26 +18,27 @@ QUERY_BLOCK = 512  # queries per block of banded attention; the waste is block /
 
 
 class AttentionMask(NamedTuple):
-    """Which keys a query sees: itself and those of its document at most W before it; by rank, see the file's head."""
+    """Which keys a query sees: itself and those of its document at most W before it; by token index."""
 
-    query_rank: torch.Tensor  # (B or 1, T) int64
-    key_rank: torch.Tensor  # (B or 1, K) int64, negative where there is no key
-    reach: torch.Tensor  # (B or 1, T) int64: how far back, min(W, position)
+    query_index: torch.Tensor  # (B or 1, T) int64
+    key_index: torch.Tensor  # (B or 1, K) int64, negative where there is no key
+    max_lookback: torch.Tensor  # (B or 1, T) int64: min(W, position)
     query_is_token: torch.Tensor | None  # (B, T) bool; None: padding cannot matter
     window: int
-    diagonal: int | None  # keys are in order and query t is key diagonal + t; None: they are not
-    plain: bool  # no padding, no documents and no past: every row and every block of queries looks alike
-    ordered: bool  # the cache is to return the keys in order
+    query_offset: int | None  # query t is key query_offset + t; None: the keys are a ring, without order
+    # No padding, one document, nothing cached: every row and every block of queries is masked alike.
+    is_single_causal_block: bool
+    in_sequence_order: bool  # the cache is to return the keys in order
     in_blocks: bool = False  # long enough for `attend_in_blocks`
-    prepared: Any = None  # what the attention implementation gets: made once, for all layers
+    backend_mask: Any = None  # what the attention implementation gets: made once, for all layers
 
     def visible(self, queries: slice | None = None, keys: slice | None = None) -> torch.Tensor:
         """(B or 1, 1, T', K') bool for a block of queries and keys."""
         everything = slice(None)  # no default argument: torch 2.11 cannot compile one
         queries, keys = everything if queries is None else queries, everything if keys is None else keys
-        key_rank = self.key_rank[:, None, keys]
-        distance = self.query_rank[:, queries, None] - key_rank
-        seen = (distance >= 0) & (distance <= self.reach[:, queries, None]) & (key_rank >= 0)
+        key_index = self.key_index[:, None, keys]
+        distance = self.query_index[:, queries, None] - key_index
+        seen = (distance >= 0) & (distance <= self.max_lookback[:, queries, None]) & (key_index >= 0)
         if self.query_is_token is not None:
             # Padding sees everything: nobody reads its output, and a softmax over nothing would be NaN.
             seen = seen | ~self.query_is_token[:, queries, None]
@@ -101,13 +102,13 @@ def attend_in_blocks(
     """
     T, W = q_BHTh.shape[2], mask.window
     starts = range(0, T, QUERY_BLOCK)
-    pad = (0, 0, W - mask.diagonal, len(starts) * QUERY_BLOCK - T)
+    pad = (0, 0, W - mask.query_offset, len(starts) * QUERY_BLOCK - T)
     k_bands, v_bands = (F.pad(x, pad).unfold(2, W + QUERY_BLOCK, QUERY_BLOCK).unbind(2) for x in (k_BGKh, v_BGKh))
     outputs, inner = [], None
     for start, k_band, v_band in zip(starts, k_bands, v_bands, strict=True):
         size = min(QUERY_BLOCK, T - start)
-        first_key = start + mask.diagonal - W  # may lie before the first key
-        is_inner = mask.plain and first_key >= 0 and size == QUERY_BLOCK
+        first_key = start + mask.query_offset - W  # may lie before the first key
+        is_inner = mask.is_single_causal_block and first_key >= 0 and size == QUERY_BLOCK
         if is_inner and inner is not None:
             visible = inner
         else:
@@ -125,35 +126,37 @@ LOCAL_IMPLEMENTATIONS: dict[str, Callable[..., tuple[torch.Tensor, torch.Tensor 
 }
 
 
-def prepared_mask(attention: AttentionMask, mask: InputMask, implementation: str, B: int, whole: bool) -> AttentionMask:
+def with_backend_mask(
+    attention: AttentionMask, mask: InputMask, implementation: str, B: int, whole: bool
+) -> AttentionMask:
     """Makes what the attention implementation reads; `whole`: all probabilities at once are wanted."""
-    T, K = attention.reach.shape[1], attention.key_rank.shape[1]
-    if mask.custom is not None:
-        return attention._replace(prepared=mask.custom[..., mask.custom.shape[3] - K :])
+    T, K = attention.max_lookback.shape[1], attention.key_index.shape[1]
+    if mask.mask_4d is not None:
+        return attention._replace(backend_mask=mask.mask_4d[..., mask.mask_4d.shape[3] - K :])
     if implementation == "flex_attention":
-        return attention._replace(prepared=_flex_mask(attention, (B, T)))
+        return attention._replace(backend_mask=_flex_mask(attention, (B, T)))
     if "flash" in implementation:
-        return attention._replace(prepared=_flash_mask(attention, B))
+        return attention._replace(backend_mask=_flash_mask(attention, B))
     if implementation in LOCAL_IMPLEMENTATIONS:
-        if attention.diagonal is not None and attention.window + 2 * QUERY_BLOCK < K and not whole:
+        if attention.query_offset is not None and attention.window + 2 * QUERY_BLOCK < K and not whole:
             return attention._replace(in_blocks=True)
-        if implementation == "sdpa" and attention.plain and attention.window >= T - 1:
+        if implementation == "sdpa" and attention.is_single_causal_block and attention.window >= T - 1:
             return attention  # the window reaches every earlier key: plainly causal
-    return attention._replace(prepared=attention.visible())
+    return attention._replace(backend_mask=attention.visible())
 
 
 def _flex_mask(attention: AttentionMask, shape: tuple[int, int]) -> Any:
     from torch.nn.attention.flex_attention import create_block_mask
 
     B, T = shape
-    query, key, reach = (
-        x.expand(B, -1).contiguous() for x in (attention.query_rank, attention.key_rank, attention.reach)
+    query, key, max_lookback = (
+        x.expand(B, -1).contiguous() for x in (attention.query_index, attention.key_index, attention.max_lookback)
     )
     query_ok = attention.query_is_token
 
     def sees(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
         distance = query[b, q] - key[b, k]
-        seen = (distance >= 0) & (distance <= reach[b, q]) & (key[b, k] >= 0)
+        seen = (distance >= 0) & (distance <= max_lookback[b, q]) & (key[b, k] >= 0)
         return seen if query_ok is None else seen | ~query_ok[b, q]
 
     return create_block_mask(sees, B, None, T, key.shape[1], device=query.device)
@@ -161,8 +164,8 @@ def _flex_mask(attention: AttentionMask, shape: tuple[int, int]) -> Any:
 
 def _flash_mask(attention: AttentionMask, batch_size: int) -> torch.Tensor | None:
     """(B, K) bool or None, all that flash attention takes; what that cannot say is refused."""
-    if not attention.plain and (attention.diagonal != 0 or batch_size > 1):
-        hidden = attention.reach < attention.query_rank.clamp(max=attention.window)
+    if not attention.is_single_causal_block and (attention.query_offset != 0 or batch_size > 1):
+        hidden = attention.max_lookback < attention.query_index.clamp(max=attention.window)
         if attention.query_is_token is not None:
             hidden = hidden & attention.query_is_token
         if hidden.any():
@@ -170,5 +173,5 @@ def _flash_mask(attention: AttentionMask, batch_size: int) -> torch.Tensor | Non
                 "flash attention keeps packed documents apart only in one row and without a cache; use "
                 "attn_implementation='sdpa' or 'flex_attention'"
             )
-    has_gaps = attention.key_rank < 0
+    has_gaps = attention.key_index < 0
     return ~has_gaps if has_gaps.any() else None

@@ -78,7 +78,7 @@ class _Progress:
         self.compiled_columns = lengths_B.new_zeros(())
         _mark_static(self.lengths, self.past_lengths, self.compiled_columns)
 
-    def slot_ranks(self, slots: int) -> torch.Tensor:
+    def slot_token_indices(self, slots: int) -> torch.Tensor:
         """(B, slots) int64: which token of its row (counted from 0) a slot of a ring holds; negative if empty."""
         last_B1 = self.lengths[:, None] - 1
         return last_B1 - (last_B1 - torch.arange(slots, device=last_B1.device)).remainder(slots)
@@ -192,12 +192,17 @@ class RecurrentGemmaAttentionLayer(_LayerMixin, CacheLayerMixin):
         self.is_initialized = True
 
     def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, ordered: bool = False, **kwargs: Any
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        *args: Any,
+        in_sequence_order: bool = False,
+        **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Stores the keys and values of this forward, (B, G, T, h) each, and returns those to attend to.
 
-        With one token these are the S slots of the ring in place (see `RecurrentGemmaCache.slot_ranks`). With more,
-        or with `ordered=True`, they are (B, G, P + T, h) in the order of the sequence, P = min(W, columns seen
+        With one token these are the S slots of the ring in place (see `RecurrentGemmaCache.slot_token_indices`). With
+        more, or with `in_sequence_order=True`, they are (B, G, P + T, h) in that order, P = min(W, columns seen
         before), and gradients flow to the new ones. What is stored is detached: state carries no graph from forward
         to forward.
         """
@@ -206,7 +211,7 @@ class RecurrentGemmaAttentionLayer(_LayerMixin, CacheLayerMixin):
         progress = self.progress
         T = key_states.shape[2]
         past_P = None
-        if T > 1 or ordered or (self.record_past and self._tapes is None):
+        if T > 1 or in_sequence_order or (self.record_past and self._tapes is None):
             past_P = self._past_in_order()
         if self.record_past:
             if self._tapes is None:
@@ -218,7 +223,7 @@ class RecurrentGemmaAttentionLayer(_LayerMixin, CacheLayerMixin):
             self._store_token(key_states, value_states)
         else:
             self._store_chunk(key_states, value_states)
-        if T == 1 and not ordered:
+        if T == 1 and not in_sequence_order:
             return self.keys, self.values
         return torch.cat([past_P[0], key_states], dim=2), torch.cat([past_P[1], value_states], dim=2)
 
@@ -226,8 +231,8 @@ class RecurrentGemmaAttentionLayer(_LayerMixin, CacheLayerMixin):
         """(B, G, P, h) each: the tokens before this forward; rows with fewer than P tokens begin with garbage."""
         size = min(self.window, self.progress.columns - self.progress.step_columns)
         lengths = self.progress.past_lengths.to(self.keys.device)
-        ranks_BP = lengths[:, None] - size + torch.arange(size, device=lengths.device)
-        slots = ranks_BP.remainder(self.window + 1)[:, None, :, None]
+        indices_BP = lengths[:, None] - size + torch.arange(size, device=lengths.device)
+        slots = indices_BP.remainder(self.window + 1)[:, None, :, None]
         keys, values = (
             ring.gather(2, slots.expand(-1, ring.shape[1], -1, ring.shape[3])) for ring in (self.keys, self.values)
         )
@@ -247,7 +252,7 @@ class RecurrentGemmaAttentionLayer(_LayerMixin, CacheLayerMixin):
     def _store_chunk(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Every slot takes the latest token that belongs to it, from this forward or from before."""
         past_B1 = self.progress.past_lengths.to(self.keys.device)[:, None]
-        chunk_index_BS = self.progress.slot_ranks(self.window + 1).to(self.keys.device) - past_B1
+        chunk_index_BS = self.progress.slot_token_indices(self.window + 1).to(self.keys.device) - past_B1
         is_new = (chunk_index_BS >= 0)[:, None, :, None]
         index = chunk_index_BS.clamp(min=0)[:, None, :, None]
         for ring, new in ((self.keys, key_states), (self.values, value_states)):
@@ -258,8 +263,8 @@ class RecurrentGemmaAttentionLayer(_LayerMixin, CacheLayerMixin):
         """Takes back `removed_B` tokens per row; `progress.lengths` is already the shorter one."""
         size = min(self.window, self._tapes[0].tensor.shape[2])
         if size:
-            ranks_BS = self.progress.slot_ranks(self.window + 1).to(self.keys.device)
-            index_BS = ranks_BS - (self.progress.lengths.to(self.keys.device)[:, None] - size)
+            indices_BS = self.progress.slot_token_indices(self.window + 1).to(self.keys.device)
+            index_BS = indices_BS - (self.progress.lengths.to(self.keys.device)[:, None] - size)
             for ring, tape in zip((self.keys, self.values), self._tapes, strict=True):
                 kept = tape.before(removed_B, size)
                 index = index_BS.clamp(0, size - 1)[:, None, :, None].expand(-1, ring.shape[1], -1, ring.shape[3])
@@ -500,9 +505,9 @@ class RecurrentGemmaCache(Cache):
                 return layer.get_mask_sizes(query_length)
         return query_length, self.progress.columns
 
-    def slot_ranks(self) -> torch.Tensor:
+    def slot_token_indices(self) -> torch.Tensor:
         """(B, S) int64: which token of its row (counted from 0) the slots of the rings hold; negative if empty."""
-        return self.progress.slot_ranks(self.config.attention_window_size + 1)
+        return self.progress.slot_token_indices(self.config.attention_window_size + 1)
 
     @property
     def is_linear(self) -> list[bool]:

@@ -18,7 +18,7 @@ class InputMask(NamedTuple):
     """The caller's attention_mask, checked and taken apart."""
 
     tokens: torch.Tensor | None  # (B, T) bool of this forward's columns; None: no padding
-    custom: torch.Tensor | None  # 4D
+    mask_4d: torch.Tensor | None  # 4D
     seen: int  # columns before this forward
 
     @staticmethod
@@ -127,10 +127,10 @@ def reorder(x: torch.Tensor, index_BT: torch.Tensor | None, dim: int = 1) -> tor
     return x.gather(dim, index_BT.view(shape).expand(size))
 
 
-def reorder_attention(weights_BHTK: torch.Tensor, unpack: torch.Tensor | None) -> torch.Tensor:
+def reorder_attention(weights_BHTK: torch.Tensor, restore: torch.Tensor | None) -> torch.Tensor:
     """Queries, and the keys of this forward among all keys, back to the order of the caller's columns."""
-    if unpack is None:
+    if restore is None:
         return weights_BHTK
-    past = weights_BHTK.shape[3] - unpack.shape[1]
-    keys = torch.cat([torch.arange(past, device=unpack.device).expand(unpack.shape[0], -1), past + unpack], dim=1)
-    return reorder(reorder(weights_BHTK, unpack, dim=2), keys, dim=3)
+    past = weights_BHTK.shape[3] - restore.shape[1]
+    keys = torch.cat([torch.arange(past, device=restore.device).expand(restore.shape[0], -1), past + restore], dim=1)
+    return reorder(reorder(weights_BHTK, restore, dim=2), keys, dim=3)

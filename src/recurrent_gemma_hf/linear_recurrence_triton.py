@@ -65,7 +65,7 @@ OPTIONS = {"enable_fp_fusion": True, "num_stages": 1}
 
 # By default Triton compiles a kernel anew for sizes that are 1 or no multiple of 16: seconds, for a prompt of another
 # length. These do not decide which loads can be wide.
-SIZES = ("B", "T", "S", "M", "steps", "reset_stride_B", "hold_stride_B", "reach_stride_B")
+SIZES = ("B", "T", "S", "M", "steps", "reset_stride_B", "is_padding_stride_B", "conv_tap_mask_stride_B")
 
 
 def segments(blocks: int, T: int, tile_time: int) -> tuple[int, int]:

@@ -4,10 +4,11 @@ Shapes: B batch, T tokens, E hidden_size, D lru_width, H heads (of attention and
 h head_dim, K keys, W attention_window_size, V vocabulary. Equations are those of the Griffin paper (arXiv 2402.19427).
 
 Two ideas carry the file:
-- Where a token stands is its *rank* among the tokens of its row; padding has none. A padded batch is packed first, the
-  tokens of each row in front and its padding behind, where causality hides it, and unpacked last.
-- Where a document begins is its *position* 0. Attention, convolution and recurrence of a token at position p look at
-  most p tokens back, so packed documents never meet.
+- A token has an *index* among the tokens of its row; padding has none. Before the layers run, a padded batch is
+  compacted (the tokens of each row in front, its padding behind, where the causal mask hides it); outputs are restored
+  to the caller's order at the end.
+- A document begins at *position* 0. Attention, convolution and recurrence of a token at position p look at most p
+  tokens back, so packed documents never meet.
 State lives in the cache alone (RecurrentGemmaCache, which Transformers' own empty caches become).
 """
 
@@ -28,8 +29,8 @@ from .attention import (
     AttentionMask,
     attend_in_blocks,
     eager_attention,
-    prepared_mask,
     rotate,
+    with_backend_mask,
 )
 from .cache_recurrent_gemma import RecurrentGemmaCache
 from .configuration_recurrent_gemma import RecurrentGemmaConfig
@@ -80,8 +81,9 @@ class Step(NamedTuple):
     cos_BTr: torch.Tensor  # (B or 1, T, rotary_dim / 2), dtype of the activations
     sin_BTr: torch.Tensor
     reset_BT1: torch.Tensor  # (B or 1, T, 1) bool: a document begins
-    hold_BT1: torch.Tensor | None  # bool, True at padding, where states pass unchanged; None where it cannot matter
-    reach_BTK: torch.Tensor | None  # (B or 1, T, K) 0 or 1: conv taps that stay in the document; None: all do
+    # bool, True at padding: states are carried over unchanged; None if no padding can affect a state that is kept
+    is_padding_BT1: torch.Tensor | None
+    conv_tap_mask_BTK: torch.Tensor | None  # (B or 1, T, K) 0 or 1: conv taps that stay in the document; None: all do
     attention: AttentionMask | None  # None in a model without attention
     shard: Any = None  # a SequenceShard (context_parallel.py) where the sequence lies on several ranks
 
@@ -167,7 +169,7 @@ class RecurrentGemmaAttention(nn.Module):
         if step.shard is not None:
             k, v = step.shard.with_left(k, v, size=self.config.attention_window_size, dim=2)
         if cache is not None:
-            k, v = cache.update(k, v, self.layer_idx, ordered=step.attention.ordered)
+            k, v = cache.update(k, v, self.layer_idx, in_sequence_order=step.attention.in_sequence_order)
             k, v = k.to(q.dtype), v.to(q.dtype)
         dropout = self.attention_dropout if self.training else 0.0
         implementation = self.config._attn_implementation
@@ -177,7 +179,7 @@ class RecurrentGemmaAttention(nn.Module):
             out = out.transpose(1, 2)
         else:
             out, weights = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention)(
-                self, q, k, v, step.attention.prepared, dropout=dropout, scaling=self.scaling,
+                self, q, k, v, step.attention.backend_mask, dropout=dropout, scaling=self.scaling,
                 sliding_window=self.config.sliding_window, is_causal=True, **kwargs,
             )  # fmt: skip
         return linear(self.o_proj, out.reshape(*x_BTE.shape[:2], -1)), weights
@@ -193,7 +195,7 @@ class RecurrentGemmaAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         if mask.in_blocks:
             return attend_in_blocks(attend, q, k, v, mask, dropout), None
-        return attend(q, k, v, mask.prepared, dropout)
+        return attend(q, k, v, mask.backend_mask, dropout)
 
 
 # --- The recurrent block ------------------------------------------------------------------------------------------
@@ -247,7 +249,7 @@ class RecurrentGemmaRglru(nn.Module):
         dtype = torch.promote_types(x_BTD.dtype, torch.float32)
         softplus_D = F.softplus(self.recurrent_param.to(dtype))
         coefficients = differentiable(RgLruCoefficients)
-        a, gated = coefficients(r_pre, i_pre, x_BTD, softplus_D, step.reset_BT1, step.hold_BT1)
+        a, gated = coefficients(r_pre, i_pre, x_BTD, softplus_D, step.reset_BT1, step.is_padding_BT1)
         if step.shard is not None:
             return step.shard.linear_recurrence(gated, a)
         return linear_recurrence(gated, a, h0_BD)
@@ -260,7 +262,7 @@ class RecurrentGemmaConv1d(nn.Conv1d):
     def forward(
         self,
         input: torch.Tensor,
-        reach: torch.Tensor | None = None,
+        conv_tap_mask: torch.Tensor | None = None,
         inside: Callable[[torch.Tensor, torch.Tensor], Any] | None = None,
     ) -> Any:
         """The convolution of (B, K - 1 + T, D), or what `inside` makes of the parameters, called meanwhile."""
@@ -270,9 +272,9 @@ class RecurrentGemmaConv1d(nn.Conv1d):
         if input.shape[1] != self.weight.shape[2]:
             scan_dtype = torch.promote_types(input.dtype, torch.float32)
             if resolve_backend("auto", input.device, scan_dtype) == "triton":
-                return causal_conv1d(input, self.weight, self.bias, reach)
+                return causal_conv1d(input, self.weight, self.bias, conv_tap_mask)
         weight, bias = self.weight.to(input.dtype), self.bias.to(input.dtype)
-        return differentiable(CausalConv1d)(input, weight, bias, reach)
+        return differentiable(CausalConv1d)(input, weight, bias, conv_tap_mask)
 
 
 class RecurrentGemmaRecurrentBlock(nn.Module):
@@ -303,7 +305,7 @@ class RecurrentGemmaRecurrentBlock(nn.Module):
             out = self._by_kernel(u, y, step, cache, layer)
         else:
             full, h0 = self._conv_input(u, step, cache, layer), self._initial_state(layer)
-            states, last = self.rg_lru(self.conv_1d(full, step.reach_BTK), step, h0)
+            states, last = self.rg_lru(self.conv_1d(full, step.conv_tap_mask_BTK), step, h0)
             if layer is not None:
                 cache.update_recurrent_state(last, self.layer_idx, history=states if records else None)
             out = (states * self.act_fn(y)).to(x_BTE.dtype)
@@ -330,16 +332,24 @@ class RecurrentGemmaRecurrentBlock(nn.Module):
         """All of it in one kernel. It runs inside the calls of the modules that own its parameters (see
         `RecurrentGemmaConv1d`), and reads them there, so that offloading, adapters and parametrizations keep working.
         """
-        reset, hold = (None if flag is None else flag[..., 0] for flag in (step.reset_BT1, step.hold_BT1))
+        reset, is_padding = (None if flag is None else flag[..., 0] for flag in (step.reset_BT1, step.is_padding_BT1))
         ready = layer is not None and layer.is_recurrent_states_initialized[0]
         if ready and u.shape[1] == 1 and self.conv1d_width > 1 and not torch.is_grad_enabled():
             states = layer.conv_states[0], layer.recurrent_states[0]
             layer.has_previous_state[0] = True
-            reset, hold, reach = (None if flag is None else flag[:, 0] for flag in (reset, hold, step.reach_BTK))
+            reset, is_padding, conv_tap_mask = (
+                None if flag is None else flag[:, 0] for flag in (reset, is_padding, step.conv_tap_mask_BTK)
+            )
 
             def run(parameters: RecurrentBlockParameters) -> torch.Tensor:
                 out = recurrent_block_step(
-                    u[:, 0], y[:, 0], parameters, *states, reset_B=reset, hold_B=hold, reach_BK=reach
+                    u[:, 0],
+                    y[:, 0],
+                    parameters,
+                    *states,
+                    reset_B=reset,
+                    is_padding_B=is_padding,
+                    conv_tap_mask_BK=conv_tap_mask,
                 )
                 return out[:, None]
 
@@ -352,7 +362,7 @@ class RecurrentGemmaRecurrentBlock(nn.Module):
             def run(parameters: RecurrentBlockParameters) -> torch.Tensor:
                 out, last = recurrent_block(
                     u, y, parameters, context_BCD=context if self.conv1d_width > 1 else None, h0_BD=h0,
-                    reset_BT=reset, hold_BT=hold, reach_BTK=step.reach_BTK,
+                    reset_BT=reset, is_padding_BT=is_padding, conv_tap_mask_BTK=step.conv_tap_mask_BTK,
                 )  # fmt: skip
                 if layer is not None:
                     cache.update_recurrent_state(last, self.layer_idx)
@@ -550,28 +560,28 @@ class RecurrentGemmaModel(RecurrentGemmaPreTrainedModel):
             mask = mask._replace(seen=sequence_shard.offset)
         # Everything that can be wrong is found before the cache moves on.
         self._check(mask, position_ids, cache, output_attentions, (B, T))
-        pack = None
+        order = None
         if mask.tokens is not None and T > 1:
-            pack = (~mask.tokens).to(torch.int8).argsort(dim=1, stable=True)  # tokens first, then padding
-            x = reorder(x, pack)
-            position_ids = None if position_ids is None else reorder(position_ids.expand(B, T), pack)
+            order = (~mask.tokens).to(torch.int8).argsort(dim=1, stable=True)  # tokens first, then padding
+            x = reorder(x, order)
+            position_ids = None if position_ids is None else reorder(position_ids.expand(B, T), order)
         if position_ids is not None and mask.seen == 0 and is_counted(position_ids):
             position_ids = None
         if cache is not None:
             cache.begin_forward(B, T, x.device, mask.tokens)
-        step = self._step(x, mask, position_ids, cache, pack is not None, output_attentions)
+        step = self._step(x, mask, position_ids, cache, order is not None, output_attentions)
         step = step._replace(shard=sequence_shard)
-        unpack = None if pack is None else pack.argsort(dim=1)
+        restore = None if order is None else order.argsort(dim=1)
         if "flash" in self.config._attn_implementation and cache is None and position_ids is not None:
             kwargs["position_ids"] = position_ids  # how Transformers' flash attention learns of packed documents
-        return self._run_layers(x, step, cache, unpack, output_hidden_states, output_attentions, **kwargs)
+        return self._run_layers(x, step, cache, restore, output_hidden_states, output_attentions, **kwargs)
 
     def _run_layers(
         self,
         x: torch.Tensor,
         step: Step,
         cache: Cache | None,
-        unpack: torch.Tensor | None,
+        restore: torch.Tensor | None,
         output_hidden_states: bool,
         output_attentions: bool,
         **kwargs: Any,
@@ -580,11 +590,11 @@ class RecurrentGemmaModel(RecurrentGemmaPreTrainedModel):
         attentions: list[torch.Tensor] = []
         for layer in self.layers:
             if output_hidden_states:
-                hidden_states.append(reorder(x, unpack))
+                hidden_states.append(reorder(x, restore))
             x, weights = layer(x, step, cache=cache, **kwargs)
             if output_attentions and weights is not None:
-                attentions.append(reorder_attention(weights, unpack))
-        x = reorder(self.final_norm(x), unpack)
+                attentions.append(reorder_attention(weights, restore))
+        x = reorder(self.final_norm(x), restore)
         return RecurrentGemmaModelOutput(
             last_hidden_state=x,
             hidden_states=(*hidden_states, x) if output_hidden_states else None,
@@ -613,18 +623,18 @@ class RecurrentGemmaModel(RecurrentGemmaPreTrainedModel):
             check_positions(position_ids.expand(B, T), mask.tokens)
         if cache is not None:
             cache.check_config(self.config)
-        if mask.custom is None or self.first_attention is None:
+        if mask.mask_4d is None or self.first_attention is None:
             return
         if implementation not in LOCAL_IMPLEMENTATIONS:
             raise ValueError(f"a 4D attention_mask needs attn_implementation 'eager' or 'sdpa', not {implementation!r}")
         K = T
         if cache is not None:
             K += min(self.config.attention_window_size, mask.seen)
-        if mask.custom.shape[2] != T or not K <= mask.custom.shape[3] <= max(K, mask.seen + T):
+        if mask.mask_4d.shape[2] != T or not K <= mask.mask_4d.shape[3] <= max(K, mask.seen + T):
             raise ValueError(
-                f"a 4D attention_mask of shape {tuple(mask.custom.shape)} must be (batch or 1, heads or 1, {T}, {K})"
+                f"a 4D attention_mask of shape {tuple(mask.mask_4d.shape)} must be (batch or 1, heads or 1, {T}, {K})"
             )
-        if mask.custom.shape[3] > K and shows_any(mask.custom[..., : mask.custom.shape[3] - K]):
+        if mask.mask_4d.shape[3] > K and shows_any(mask.mask_4d[..., : mask.mask_4d.shape[3] - K]):
             raise ValueError(
                 f"the 4D attention_mask shows keys that the cache no longer holds: it keeps the last {K - T} "
                 "(attention_window_size); hide the earlier ones"
@@ -667,13 +677,13 @@ class RecurrentGemmaModel(RecurrentGemmaPreTrainedModel):
         mask: InputMask,
         position_ids: torch.Tensor | None,
         cache: Cache | None,
-        packed: bool,
+        is_compacted: bool,
         output_attentions: bool,
     ) -> Step:
         B, T = x.shape[:2]
         columns = torch.arange(T, device=x.device)[None]
         is_token = mask.tokens
-        if packed:  # tokens first; without a cache nothing ever looks at what stands behind them
+        if is_compacted:  # tokens first; without a cache nothing ever looks at what stands behind them
             is_token = None if cache is None else columns < mask.tokens.sum(1, keepdim=True)
         position = position_ids
         if position is None:
@@ -687,16 +697,16 @@ class RecurrentGemmaModel(RecurrentGemmaPreTrainedModel):
         attention = None
         if self.first_attention is not None:
             attention = self._attention_mask(mask, position, is_token, cache, output_attentions)
-            plain = attention.plain and position_ids is None
-            attention = attention._replace(plain=plain)
-            attention = prepared_mask(attention, mask, self.config._attn_implementation, B, output_attentions)
-        reach = None
+            is_single_causal_block = attention.is_single_causal_block and position_ids is None
+            attention = attention._replace(is_single_causal_block=is_single_causal_block)
+            attention = with_backend_mask(attention, mask, self.config._attn_implementation, B, output_attentions)
+        conv_tap_mask = None
         if position_ids is not None:  # else there is one document
             back = torch.arange(self.config.conv1d_width - 1, -1, -1, device=x.device)
-            reach = (position[..., None] >= back).to(x.dtype)
-        hold = None if is_token is None else ~is_token[..., None]
+            conv_tap_mask = (position[..., None] >= back).to(x.dtype)
+        is_padding = None if is_token is None else ~is_token[..., None]
         cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-        return Step(cos, sin, (position == 0)[..., None], hold, reach, attention)
+        return Step(cos, sin, (position == 0)[..., None], is_padding, conv_tap_mask, attention)
 
     def _attention_mask(
         self,
@@ -708,24 +718,42 @@ class RecurrentGemmaModel(RecurrentGemmaPreTrainedModel):
     ) -> AttentionMask:
         T, W = position.shape[1], self.config.attention_window_size
         columns = torch.arange(T, device=position.device)[None]
-        reach = position.clamp(max=W)
+        max_lookback = position.clamp(max=W)
         if cache is None:
             before = min(W, mask.seen)  # keys of other ranks
             key = torch.arange(mask.seen - before, mask.seen + T, device=position.device)[None]
-            query, plain = mask.seen + columns, mask.seen == 0
-            return AttentionMask(query, key, reach, None, W, before, plain=plain, ordered=False)
+            query, is_single_causal_block = mask.seen + columns, mask.seen == 0
+            return AttentionMask(
+                query,
+                key,
+                max_lookback,
+                None,
+                W,
+                before,
+                is_single_causal_block=is_single_causal_block,
+                in_sequence_order=False,
+            )
         past = cache.progress.past_lengths.to(position.device)[:, None]
-        in_order = T > 1 or output_attentions or mask.custom is not None or torch.is_grad_enabled()
+        in_order = T > 1 or output_attentions or mask.mask_4d is not None or torch.is_grad_enabled()
         in_order = in_order or "flash" in self.config._attn_implementation
         if in_order:
-            diagonal = min(W, cache.progress.columns - T)
-            key = past - diagonal + torch.arange(diagonal + T, device=position.device)
+            query_offset = min(W, cache.progress.columns - T)
+            key = past - query_offset + torch.arange(query_offset + T, device=position.device)
         else:
-            diagonal, key = None, cache.slot_ranks().to(position.device)
+            query_offset, key = None, cache.slot_token_indices().to(position.device)
         query_is_token = is_token if T == 1 else None
         # With nothing before it, every row counts from 0 and padding stands behind, where causality hides it.
-        plain = T > 1 and cache.progress.columns == T
-        return AttentionMask(past + columns, key, reach, query_is_token, W, diagonal, plain=plain, ordered=in_order)
+        is_single_causal_block = T > 1 and cache.progress.columns == T
+        return AttentionMask(
+            past + columns,
+            key,
+            max_lookback,
+            query_is_token,
+            W,
+            query_offset,
+            is_single_causal_block=is_single_causal_block,
+            in_sequence_order=in_order,
+        )
 
 
 # --- Heads --------------------------------------------------------------------------------------------------------

@@ -128,8 +128,8 @@ def recurrent_block(
     context_BCD: Tensor | None = None,
     h0_BD: Tensor | None = None,
     reset_BT: Tensor | None = None,
-    hold_BT: Tensor | None = None,
-    reach_BTK: Tensor | None = None,
+    is_padding_BT: Tensor | None = None,
+    conv_tap_mask_BTK: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """gelu(y) * RG-LRU(conv1d(u)) by Triton kernels. Once differentiable in u, y, context, h0 and all parameters.
 
@@ -142,8 +142,8 @@ def recurrent_block(
         context_BCD: the K - 1 inputs before the first; None means zeros.
         h0_BD: the state before the first step; None means zeros.
         reset_BT: (B or 1, T) bool; where True a document begins: a = 0, and x enters undamped.
-        hold_BT: (B or 1, T) bool; where True (padding) the state passes unchanged. It counts before reset.
-        reach_BTK: (B or 1, T, K), 0 for the taps that would read across the start of a document, else 1; None: all 1.
+        is_padding_BT: (B or 1, T) bool; where True (padding) the state passes unchanged. It counts before reset.
+        conv_tap_mask_BTK: (B or 1, T, K), 0 for taps that would read across the start of a document; None: all 1.
 
     Returns:
         out_BTD in the dtype of u, and the last state (B, D) in float32.
@@ -157,7 +157,7 @@ def recurrent_block(
 
     weight_KD, *rest = _kernel_parameters(parameters, u_BTD.dtype)
     out_BTD, last_BD, _ = block(
-        u_BTD, y_BTD, context_BCD, h0_BD, weight_KD, *rest, reset_BT, hold_BT, reach_BTK
+        u_BTD, y_BTD, context_BCD, h0_BD, weight_KD, *rest, reset_BT, is_padding_BT, conv_tap_mask_BTK
     )  # fmt: skip
     return out_BTD, last_BD
 
@@ -170,8 +170,8 @@ def recurrent_block_step(
     h_BD: Tensor,
     *,
     reset_B: Tensor | None = None,
-    hold_B: Tensor | None = None,
-    reach_BK: Tensor | None = None,
+    is_padding_B: Tensor | None = None,
+    conv_tap_mask_BK: Tensor | None = None,
 ) -> Tensor:
     """`recurrent_block` for one token, in one launch, without gradients.
 
@@ -184,18 +184,20 @@ def recurrent_block_step(
     a_weight, x_weight = a_weight.to(u_BD.dtype), x_weight.to(u_BD.dtype)
     return decode(
         u_BD, y_BD, conv_state_BDC, h_BD, conv_weight, conv_bias, a_weight, a_bias, x_weight, x_bias, lambda_D,
-        reset_B, hold_B, reach_BK,
+        reset_B, is_padding_B, conv_tap_mask_BK,
     )  # fmt: skip
 
 
-def causal_conv1d(full_BFD: Tensor, weight_D1K: Tensor, bias_D: Tensor, reach_BTK: Tensor | None = None) -> Tensor:
+def causal_conv1d(
+    full_BFD: Tensor, weight_D1K: Tensor, bias_D: Tensor, conv_tap_mask_BTK: Tensor | None = None
+) -> Tensor:
     """The depthwise causal convolution by itself, by Triton kernels: of F = K - 1 + T inputs to (B, T, D).
 
-    Accumulates in float32. Differentiable in all but `reach`; (B or 1, T, K), as in `recurrent_block`.
+    Accumulates in float32. Differentiable in all but `conv_tap_mask`; (B or 1, T, K), as in `recurrent_block`.
     """
     from .recurrent_block_triton import conv
 
-    return conv(full_BFD, reach_BTK, weight_D1K[:, 0].t(), bias_D)
+    return conv(full_BFD, conv_tap_mask_BTK, weight_D1K[:, 0].t(), bias_D)
 
 
 def _kernel_parameters(parameters: RecurrentBlockParameters, dtype: torch.dtype) -> list[Tensor]:
@@ -230,8 +232,8 @@ def recurrent_block_reference(
     context_BCD: Tensor | None = None,
     h0_BD: Tensor | None = None,
     reset_BT: Tensor | None = None,
-    hold_BT: Tensor | None = None,
-    reach_BTK: Tensor | None = None,
+    is_padding_BT: Tensor | None = None,
+    conv_tap_mask_BTK: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`recurrent_block` in plain torch, in the widest dtype of u and float32, line by line as the paper has it."""
     dtype = torch.promote_types(u_BTD.dtype, torch.float32)
@@ -239,8 +241,12 @@ def recurrent_block_reference(
     (B, T, D), K, (H, d, _) = u_BTD.shape, weight.shape[2], a_weight.shape
     context = u_BTD.new_zeros(B, K - 1, D) if context_BCD is None else context_BCD
     full = torch.cat([context, u_BTD], dim=1).to(dtype)
-    reach = torch.ones(1, T, K, dtype=dtype, device=full.device) if reach_BTK is None else reach_BTK.to(dtype)
-    x = bias + sum(full[:, tap : tap + T] * reach[..., tap, None] * weight[:, 0, tap] for tap in range(K))
+    conv_tap_mask = (
+        torch.ones(1, T, K, dtype=dtype, device=full.device)
+        if conv_tap_mask_BTK is None
+        else conv_tap_mask_BTK.to(dtype)
+    )
+    x = bias + sum(full[:, tap : tap + T] * conv_tap_mask[..., tap, None] * weight[:, 0, tap] for tap in range(K))
 
     heads = x.view(B, T, H, d)
     r = torch.sigmoid(torch.einsum("bthi,hij->bthj", heads, a_weight) + a_bias).reshape(B, T, D)
@@ -250,8 +256,8 @@ def recurrent_block_reference(
     if reset_BT is not None:
         a, multiplier = a.masked_fill(reset_BT[..., None], 0.0), multiplier.masked_fill(reset_BT[..., None], 1.0)
     gated = multiplier * i * x
-    if hold_BT is not None:
-        a, gated = a.masked_fill(hold_BT[..., None], 1.0), gated.masked_fill(hold_BT[..., None], 0.0)
+    if is_padding_BT is not None:
+        a, gated = a.masked_fill(is_padding_BT[..., None], 1.0), gated.masked_fill(is_padding_BT[..., None], 0.0)
     states, last = linear_recurrence_reference(gated, a, None if h0_BD is None else h0_BD.to(dtype))
     out = states * F.gelu(y_BTD.to(dtype), approximate="tanh")
     return out.to(u_BTD.dtype), last

@@ -103,15 +103,16 @@ def dot(x, weight, total, UPCAST: tl.constexpr):
 
 @triton.jit
 def convolve(
-    u_ptr, context_ptr, reach_ptr, weight_ptr, bias_ptr, u_stride, context_stride, start, row, T, c, is_channel, D,
-    K: tl.constexpr, HAS_CONTEXT: tl.constexpr, HAS_REACH: tl.constexpr,
+    u_ptr, context_ptr, conv_tap_mask_ptr, weight_ptr, bias_ptr, u_stride, context_stride, start, row, T, c,
+    is_channel, D,
+    K: tl.constexpr, HAS_CONTEXT: tl.constexpr, HAS_CONV_TAP_MASK: tl.constexpr,
 ):  # fmt: skip
     """The causal convolution at times start + row, row (steps, 1), and channels c (1, channels); weight (K, D).
 
     float32. Within a tile offsets have 32 bits (see `rows_of_channels`): wider ones would take registers for each.
     """
     u_ptr += tl.cast(start, tl.int64) * u_stride
-    reach_ptr += tl.cast(start, tl.int64) * K
+    conv_tap_mask_ptr += tl.cast(start, tl.int64) * K
     out = tl.load(bias_ptr + c, mask=is_channel, other=0.0).to(tl.float32) + tl.zeros_like(row).to(tl.float32)
     for tap in tl.static_range(K):
         back = row + (tap - (K - 1))
@@ -120,9 +121,9 @@ def convolve(
         if HAS_CONTEXT:
             before = context_ptr + (s + K - 1) * context_stride + c
             x += tl.load(before, mask=(s < 0) & (s > -K) & is_channel, other=0.0).to(tl.float32)
-        if HAS_REACH:
+        if HAS_CONV_TAP_MASK:
             is_time = (start + row >= 0) & (start + row < T)
-            x *= tl.load(reach_ptr + row * K + tap, mask=is_time, other=0.0).to(tl.float32)
+            x *= tl.load(conv_tap_mask_ptr + row * K + tap, mask=is_time, other=0.0).to(tl.float32)
         out += x * tl.load(weight_ptr + tap * D + c, mask=is_channel, other=0.0).to(tl.float32)
     return out
 
@@ -134,7 +135,7 @@ def gate_weights(weight_ptr, head, d, outer, HEAD: tl.constexpr, CHUNK: tl.const
     for chunk in tl.static_range(HEAD // CHUNK):
         inner = chunk * CHUNK + tl.arange(0, CHUNK)[None, :]
         at = head * d * d + inner * d + outer[:, None]
-        blocks = blocks + (tl.load(weight_ptr + at, mask=(inner < d) & (outer < d)[:, None], other=0.0),)  # type: ignore[assignment]  # noqa: RUF005
+        blocks = blocks + (tl.load(weight_ptr + at, mask=(inner < d) & (outer < d)[:, None], other=0.0),)  # type: ignore[assignment]
     return blocks
 
 
@@ -156,9 +157,10 @@ def gate_parameters(
 
 @triton.jit
 def convolve_and_gate(
-    u_ptr, context_ptr, reach_ptr, weight_ptr, bias_ptr, u_stride, context_stride, start, row, T, head, d, D, outer,
+    u_ptr, context_ptr, conv_tap_mask_ptr, weight_ptr, bias_ptr, u_stride, context_stride, start, row, T, head, d, D,
+    outer,
     a_weights, x_weights, a_bias, x_bias,
-    K: tl.constexpr, HAS_CONTEXT: tl.constexpr, HAS_REACH: tl.constexpr, UPCAST: tl.constexpr,
+    K: tl.constexpr, HAS_CONTEXT: tl.constexpr, HAS_CONV_TAP_MASK: tl.constexpr, UPCAST: tl.constexpr,
     HEAD: tl.constexpr, CHUNK: tl.constexpr, TIME: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """The convolution of the channels `outer` of a head, and r and i from that of the whole head, chunk by chunk.
@@ -171,30 +173,30 @@ def convolve_and_gate(
     for chunk in tl.static_range(HEAD // CHUNK):
         inner = chunk * CHUNK + tl.arange(0, CHUNK)[None, :]
         x = convolve(
-            u_ptr, context_ptr, reach_ptr, weight_ptr, bias_ptr, u_stride, context_stride,
-            start, row, T, head * d + inner, inner < d, D, K, HAS_CONTEXT, HAS_REACH,
+            u_ptr, context_ptr, conv_tap_mask_ptr, weight_ptr, bias_ptr, u_stride, context_stride,
+            start, row, T, head * d + inner, inner < d, D, K, HAS_CONTEXT, HAS_CONV_TAP_MASK,
         ).to(u_ptr.dtype.element_ty)  # fmt: skip
         r = dot(a_weights[chunk], tl.trans(x), r, UPCAST)
         i = dot(x_weights[chunk], tl.trans(x), i, UPCAST)
     x = convolve(
-        u_ptr, context_ptr, reach_ptr, weight_ptr, bias_ptr, u_stride, context_stride,
-        start, row, T, (head * d + outer)[None, :], (outer < d)[None, :], D, K, HAS_CONTEXT, HAS_REACH,
+        u_ptr, context_ptr, conv_tap_mask_ptr, weight_ptr, bias_ptr, u_stride, context_stride,
+        start, row, T, (head * d + outer)[None, :], (outer < d)[None, :], D, K, HAS_CONTEXT, HAS_CONV_TAP_MASK,
     )  # fmt: skip
     return x, sigmoid(tl.trans(r) + a_bias), sigmoid(tl.trans(i) + x_bias)
 
 
 @triton.jit
-def coefficients(r, i, x, rate, is_reset, is_held):
+def coefficients(r, i, x, rate, is_reset, is_padding):
     """a, the multiplier of x, x', exp(log a) and 1 - exp(2 log a).
 
-    rate: softplus(Lambda); is_reset and is_held (steps, 1).
+    rate: softplus(Lambda); is_reset and is_padding (steps, 1).
     """
     log_a = r * (-RG_LRU_C * rate)
     a = tl.exp(log_a)
     square = 1.0 - tl.exp(2.0 * log_a)
     multiplier = tl.where(is_reset, 1.0, tl.sqrt(square))
-    gated = tl.where(is_held, 0.0, multiplier * i * x)
-    decay = tl.where(is_held, 1.0, tl.where(is_reset, 0.0, a))
+    gated = tl.where(is_padding, 0.0, multiplier * i * x)
+    decay = tl.where(is_padding, 1.0, tl.where(is_reset, 0.0, a))
     return decay, multiplier, gated, a, square
 
 
@@ -211,14 +213,14 @@ def flag(pointer_T, t, T, HAS: tl.constexpr):
 
 @triton.jit(do_not_specialize=SIZES)
 def block_kernel(
-    u_ptr, y_ptr, context_ptr, h0_ptr, reset_ptr, hold_ptr, reach_ptr, conv_weight_ptr, conv_bias_ptr,
+    u_ptr, y_ptr, context_ptr, h0_ptr, reset_ptr, is_padding_ptr, conv_tap_mask_ptr, conv_weight_ptr, conv_bias_ptr,
     a_weight_ptr, a_bias_ptr, x_weight_ptr, x_bias_ptr, softplus_ptr,
     decay_ptr, end_ptr, out_ptr, last_ptr, carries_ptr,
     T, D, d, S, M, steps, blocks,
     u_stride_B, u_stride_T, y_stride_B, y_stride_T, context_stride_B, context_stride_T,
-    reset_stride_B, hold_stride_B, reach_stride_B,
+    reset_stride_B, is_padding_stride_B, conv_tap_mask_stride_B,
     SUMMARY: tl.constexpr, HAS_CONTEXT: tl.constexpr, HAS_H0: tl.constexpr, HAS_RESET: tl.constexpr,
-    HAS_HOLD: tl.constexpr, HAS_REACH: tl.constexpr, UPCAST: tl.constexpr,
+    HAS_PADDING: tl.constexpr, HAS_CONV_TAP_MASK: tl.constexpr, UPCAST: tl.constexpr,
     K: tl.constexpr, HEAD: tl.constexpr, CHUNK: tl.constexpr, TIME: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """out (B, T, D), the last state (B, D), and the state that enters each tile (B, M, D).
@@ -235,8 +237,8 @@ def block_kernel(
     out_ptr += b * T * D
     context_ptr += b * context_stride_B
     reset_ptr += b * reset_stride_B
-    hold_ptr += b * hold_stride_B
-    reach_ptr += b * reach_stride_B
+    is_padding_ptr += b * is_padding_stride_B
+    conv_tap_mask_ptr += b * conv_tap_mask_stride_B
 
     a_weights, x_weights, a_bias, x_bias, rate = gate_parameters(
         a_weight_ptr, a_bias_ptr, x_weight_ptr, x_bias_ptr, softplus_ptr, head, d, outer, HEAD, CHUNK
@@ -255,12 +257,12 @@ def block_kernel(
     for start in range(segment * steps, segment * steps + steps, TIME):
         t = (start + row).to(tl.int64)
         x, r, i = convolve_and_gate(
-            u_ptr, context_ptr, reach_ptr, conv_weight_ptr, conv_bias_ptr, u_stride_T, context_stride_T,
+            u_ptr, context_ptr, conv_tap_mask_ptr, conv_weight_ptr, conv_bias_ptr, u_stride_T, context_stride_T,
             start, row, T, head, d, D, outer, a_weights, x_weights, a_bias, x_bias,
-            K, HAS_CONTEXT, HAS_REACH, UPCAST, HEAD, CHUNK, TIME, CHANNELS,
+            K, HAS_CONTEXT, HAS_CONV_TAP_MASK, UPCAST, HEAD, CHUNK, TIME, CHANNELS,
         )  # fmt: skip
-        is_held = flag(hold_ptr, t, T, HAS_HOLD) | (t >= T)  # nothing happens behind the end
-        a, _, gated, _, _ = coefficients(r, i, x, rate, flag(reset_ptr, t, T, HAS_RESET), is_held)
+        is_padding = flag(is_padding_ptr, t, T, HAS_PADDING) | (t >= T)  # nothing happens behind the end
+        a, _, gated, _, _ = coefficients(r, i, x, rate, flag(reset_ptr, t, T, HAS_RESET), is_padding)
         a, gated = tl.associative_scan((a, gated), 0, compose)
         if SUMMARY:
             a_last = last_row(a, TIME)
@@ -286,14 +288,15 @@ def block_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def block_backward_kernel(
-    dout_ptr, dlast_ptr, u_ptr, y_ptr, context_ptr, reset_ptr, hold_ptr, reach_ptr, conv_weight_ptr, conv_bias_ptr,
+    dout_ptr, dlast_ptr, u_ptr, y_ptr, context_ptr, reset_ptr, is_padding_ptr, conv_tap_mask_ptr, conv_weight_ptr,
+    conv_bias_ptr,
     a_weight_ptr, a_bias_ptr, x_weight_ptr, x_bias_ptr, softplus_ptr, carries_ptr,
     decay_ptr, end_ptr, dy_ptr, conv_ptr, dconv_ptr, dgates_ptr, dh0_ptr, sums_ptr,
     T, D, d, S, M, steps, blocks,
     dout_stride_B, dout_stride_T, u_stride_B, u_stride_T, y_stride_B, y_stride_T, context_stride_B, context_stride_T,
-    reset_stride_B, hold_stride_B, reach_stride_B,
+    reset_stride_B, is_padding_stride_B, conv_tap_mask_stride_B,
     SUMMARY: tl.constexpr, HAS_CONTEXT: tl.constexpr, HAS_RESET: tl.constexpr,
-    HAS_HOLD: tl.constexpr, HAS_REACH: tl.constexpr, UPCAST: tl.constexpr,
+    HAS_PADDING: tl.constexpr, HAS_CONV_TAP_MASK: tl.constexpr, UPCAST: tl.constexpr,
     K: tl.constexpr, HEAD: tl.constexpr, CHUNK: tl.constexpr, TIME: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """Backwards through the scan, from the gradients of out and of the last state.
@@ -318,8 +321,8 @@ def block_backward_kernel(
     dgates_ptr += b * T * D * 2
     context_ptr += b * context_stride_B
     reset_ptr += b * reset_stride_B
-    hold_ptr += b * hold_stride_B
-    reach_ptr += b * reach_stride_B
+    is_padding_ptr += b * is_padding_stride_B
+    conv_tap_mask_ptr += b * conv_tap_mask_stride_B
 
     a_weights, x_weights, a_bias, x_bias, rate = gate_parameters(
         a_weight_ptr, a_bias_ptr, x_weight_ptr, x_bias_ptr, softplus_ptr, head, d, outer, HEAD, CHUNK
@@ -342,13 +345,13 @@ def block_backward_kernel(
         t = (start + row).to(tl.int64)
         is_time = (t >= 0) & (t < T)
         x, r, i = convolve_and_gate(
-            u_ptr, context_ptr, reach_ptr, conv_weight_ptr, conv_bias_ptr, u_stride_T, context_stride_T,
+            u_ptr, context_ptr, conv_tap_mask_ptr, conv_weight_ptr, conv_bias_ptr, u_stride_T, context_stride_T,
             start, row, T, head, d, D, outer, a_weights, x_weights, a_bias, x_bias,
-            K, HAS_CONTEXT, HAS_REACH, UPCAST, HEAD, CHUNK, TIME, CHANNELS,
+            K, HAS_CONTEXT, HAS_CONV_TAP_MASK, UPCAST, HEAD, CHUNK, TIME, CHANNELS,
         )  # fmt: skip
         is_reset = flag(reset_ptr, t, T, HAS_RESET)
-        is_held = flag(hold_ptr, t, T, HAS_HOLD) | (is_time == 0)
-        a, multiplier, gated, raw_a, square = coefficients(r, i, x, rate, is_reset, is_held)
+        is_padding = flag(is_padding_ptr, t, T, HAS_PADDING) | (is_time == 0)
+        a, multiplier, gated, raw_a, square = coefficients(r, i, x, rate, is_reset, is_padding)
 
         inside = is_time & is_c
         y = tl.load(y_ptr + t * y_stride_T + c, mask=inside, other=0.0).to(tl.float32)
@@ -373,13 +376,13 @@ def block_backward_kernel(
             tl.store(dy_ptr + t * D + c, (dout * states * slope).to(dy_ptr.dtype.element_ty), mask=inside)
             tl.store(conv_ptr + t * D + c, x.to(conv_ptr.dtype.element_ty), mask=inside)
 
-            dgated = tl.where(is_held, 0.0, g)
+            dgated = tl.where(is_padding, 0.0, g)
             dx = dgated * multiplier * i
             tl.store(dconv_ptr + t * D + c, dx.to(dconv_ptr.dtype.element_ty), mask=inside)
             di = dgated * multiplier * x * i * (1.0 - i)
             dsquare = dgated * i * x / tl.sqrt(tl.maximum(4.0 * square, MIN_4X_IN_SQRT_GRADIENT))
             dlog_a = raw_a * (g * before - 2.0 * raw_a * dsquare)
-            dlog_a = tl.where(is_reset | is_held, 0.0, dlog_a) * (-RG_LRU_C * r)
+            dlog_a = tl.where(is_reset | is_padding, 0.0, dlog_a) * (-RG_LRU_C * r)
             dr = dlog_a * rate * (1.0 - r)
             dgates = dgates_ptr + t * D * 2 + (head * d + c)  # head * 2 d + its channel
             tl.store(dgates, dr.to(dgates_ptr.dtype.element_ty), mask=inside)
@@ -404,9 +407,9 @@ def block_backward_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def conv_kernel(
-    u_ptr, context_ptr, reach_ptr, weight_ptr, bias_ptr, out_ptr,
-    T, D, u_stride_B, u_stride_T, context_stride_B, context_stride_T, reach_stride_B,
-    HAS_CONTEXT: tl.constexpr, HAS_REACH: tl.constexpr,
+    u_ptr, context_ptr, conv_tap_mask_ptr, weight_ptr, bias_ptr, out_ptr,
+    T, D, u_stride_B, u_stride_T, context_stride_B, context_stride_T, conv_tap_mask_stride_B,
+    HAS_CONTEXT: tl.constexpr, HAS_CONV_TAP_MASK: tl.constexpr,
     K: tl.constexpr, TIME: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """The depthwise causal convolution by itself, (B, T, D)."""
@@ -416,18 +419,19 @@ def conv_kernel(
     start, row = program // blocks * TIME, tl.arange(0, TIME)[:, None]
     t = (start + row).to(tl.int64)
     out = convolve(
-        u_ptr + b * u_stride_B, context_ptr + b * context_stride_B, reach_ptr + b * reach_stride_B,
-        weight_ptr, bias_ptr, u_stride_T, context_stride_T, start, row, T, c, c < D, D, K, HAS_CONTEXT, HAS_REACH,
+        u_ptr + b * u_stride_B, context_ptr + b * context_stride_B, conv_tap_mask_ptr + b * conv_tap_mask_stride_B,
+        weight_ptr, bias_ptr, u_stride_T, context_stride_T, start, row, T, c, c < D, D, K, HAS_CONTEXT,
+        HAS_CONV_TAP_MASK,
     )  # fmt: skip
     tl.store(out_ptr + (b * T + t) * D + c, out.to(out_ptr.dtype.element_ty), mask=(t < T) & (c < D))
 
 
 @triton.jit(do_not_specialize=SIZES)
 def conv_backward_kernel(
-    dout_ptr, u_ptr, context_ptr, reach_ptr, weight_ptr, du_ptr, dcontext_ptr, sums_ptr,
+    dout_ptr, u_ptr, context_ptr, conv_tap_mask_ptr, weight_ptr, du_ptr, dcontext_ptr, sums_ptr,
     T, D, S, steps, dout_stride_B, dout_stride_T, u_stride_B, u_stride_T, context_stride_B, context_stride_T,
-    du_stride_B, dcontext_stride_B, reach_stride_B,
-    HAS_CONTEXT: tl.constexpr, HAS_REACH: tl.constexpr,
+    du_stride_B, dcontext_stride_B, conv_tap_mask_stride_B,
+    HAS_CONTEXT: tl.constexpr, HAS_CONV_TAP_MASK: tl.constexpr,
     K: tl.constexpr, SUMS: tl.constexpr, TIME: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """du (B, T, D), dcontext (B, K - 1, D), and sums over each segment's time, (B, S, K + 1, D): dweight, then dbias.
@@ -441,7 +445,7 @@ def conv_backward_kernel(
     dout_ptr += b * dout_stride_B
     u_ptr += b * u_stride_B
     context_ptr += b * context_stride_B
-    reach_ptr += b * reach_stride_B
+    conv_tap_mask_ptr += b * conv_tap_mask_stride_B
     sum_row = tl.arange(0, SUMS)[:, None]
     sums = tl.zeros((SUMS, CHANNELS), tl.float32)
     for start in range(segment * steps - (K - 1), segment * steps + steps - (K - 1), TIME):
@@ -458,8 +462,8 @@ def conv_backward_kernel(
             if tap == K - 1:
                 dbias = tl.sum(dout, axis=0)
                 sums += tl.where(sum_row == K, dbias[None, :], 0.0)
-            if HAS_REACH:
-                dout *= tl.load(reach_ptr + t * K + tap, mask=is_output, other=0.0).to(tl.float32)
+            if HAS_CONV_TAP_MASK:
+                dout *= tl.load(conv_tap_mask_ptr + t * K + tap, mask=is_output, other=0.0).to(tl.float32)
             du += dout * tl.load(weight_ptr + tap * D + c, mask=is_c, other=0.0).to(tl.float32)
             dtap = tl.sum(dout * x, axis=0)
             sums += tl.where(sum_row == tap, dtap[None, :], 0.0)
@@ -485,8 +489,9 @@ def conv_input(
 
 @triton.jit
 def convolve_step(
-    u_ptr, conv_state_ptr, reach_ptr, weight_ptr, bias_ptr, u_stride_B, state_stride_B, state_stride_T, state_stride_D,
-    reach_stride_B, b, c, is_row, is_channel, K: tl.constexpr, HAS_REACH: tl.constexpr,
+    u_ptr, conv_state_ptr, conv_tap_mask_ptr, weight_ptr, bias_ptr, u_stride_B, state_stride_B, state_stride_T,
+    state_stride_D,
+    conv_tap_mask_stride_B, b, c, is_row, is_channel, K: tl.constexpr, HAS_CONV_TAP_MASK: tl.constexpr,
 ):  # fmt: skip
     """The convolution of one token for rows b (rows, 1) and channels c (1, channels); weight (D, K). float32."""
     out = tl.load(bias_ptr + c, mask=is_channel, other=0.0).to(tl.float32) + tl.zeros_like(b).to(tl.float32)
@@ -495,19 +500,19 @@ def convolve_step(
             u_ptr, conv_state_ptr, u_stride_B, state_stride_B, state_stride_T, state_stride_D,
             b, c, is_row & is_channel, tap, K,
         )  # fmt: skip
-        if HAS_REACH:
-            seen *= tl.load(reach_ptr + b * reach_stride_B + tap, mask=is_row, other=0.0).to(tl.float32)
+        if HAS_CONV_TAP_MASK:
+            seen *= tl.load(conv_tap_mask_ptr + b * conv_tap_mask_stride_B + tap, mask=is_row, other=0.0).to(tl.float32)
         out += seen * tl.load(weight_ptr + c * K + tap, mask=is_channel, other=0.0).to(tl.float32)
     return out
 
 
 @triton.jit(do_not_specialize=SIZES)
 def decode_kernel(
-    u_ptr, y_ptr, conv_state_ptr, h_ptr, reset_ptr, hold_ptr, reach_ptr, conv_weight_ptr, conv_bias_ptr,
+    u_ptr, y_ptr, conv_state_ptr, h_ptr, reset_ptr, is_padding_ptr, conv_tap_mask_ptr, conv_weight_ptr, conv_bias_ptr,
     a_weight_ptr, a_bias_ptr, x_weight_ptr, x_bias_ptr, lambda_ptr, out_ptr,
     B, D, d, u_stride_B, y_stride_B, state_stride_B, state_stride_T, state_stride_D, h_stride_B,
-    reset_stride_B, hold_stride_B, reach_stride_B,
-    HAS_RESET: tl.constexpr, HAS_HOLD: tl.constexpr, HAS_REACH: tl.constexpr, UPCAST: tl.constexpr,
+    reset_stride_B, is_padding_stride_B, conv_tap_mask_stride_B,
+    HAS_RESET: tl.constexpr, HAS_PADDING: tl.constexpr, HAS_CONV_TAP_MASK: tl.constexpr, UPCAST: tl.constexpr,
     K: tl.constexpr, HEAD: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """One token of a head for some rows of the batch: out (B, D); the states are updated in place. Conv weight (D, K).
@@ -519,12 +524,13 @@ def decode_kernel(
     is_row = b < B
     inner = tl.arange(0, HEAD)
     c_in, is_in = (head * d + inner)[None, :], is_row & (inner < d)[None, :]
-    is_held = tl.load(hold_ptr + b * hold_stride_B, mask=is_row, other=0) != 0 if HAS_HOLD else b < 0
+    is_padding = tl.load(is_padding_ptr + b * is_padding_stride_B, mask=is_row, other=0) != 0 if HAS_PADDING else b < 0
     is_reset = tl.load(reset_ptr + b * reset_stride_B, mask=is_row, other=0) != 0 if HAS_RESET else b < 0
 
     x_in = convolve_step(
-        u_ptr, conv_state_ptr, reach_ptr, conv_weight_ptr, conv_bias_ptr, u_stride_B, state_stride_B, state_stride_T,
-        state_stride_D, reach_stride_B, b, c_in, is_row, (inner < d)[None, :], K, HAS_REACH,
+        u_ptr, conv_state_ptr, conv_tap_mask_ptr, conv_weight_ptr, conv_bias_ptr, u_stride_B, state_stride_B,
+        state_stride_T,
+        state_stride_D, conv_tap_mask_stride_B, b, c_in, is_row, (inner < d)[None, :], K, HAS_CONV_TAP_MASK,
     ).to(u_ptr.dtype.element_ty)  # fmt: skip
 
     for block in range(0, d, CHANNELS):
@@ -542,11 +548,11 @@ def decode_kernel(
         inside = is_row & is_c
         # The convolution again for the channels of this block: a tile cannot be cut out of another.
         x = convolve_step(
-            u_ptr, conv_state_ptr, reach_ptr, conv_weight_ptr, conv_bias_ptr, u_stride_B, state_stride_B,
-            state_stride_T, state_stride_D, reach_stride_B, b, c, is_row, is_c, K, HAS_REACH,
+            u_ptr, conv_state_ptr, conv_tap_mask_ptr, conv_weight_ptr, conv_bias_ptr, u_stride_B, state_stride_B,
+            state_stride_T, state_stride_D, conv_tap_mask_stride_B, b, c, is_row, is_c, K, HAS_CONV_TAP_MASK,
         )  # fmt: skip
         rate = softplus(tl.load(lambda_ptr + c, mask=is_c, other=0.0).to(tl.float32))
-        a, _, gated, _, _ = coefficients(r, i, x, rate, is_reset, is_held)
+        a, _, gated, _, _ = coefficients(r, i, x, rate, is_reset, is_padding)
         h = a * tl.load(h_ptr + b * h_stride_B + c, mask=inside, other=0.0) + gated
         tl.store(h_ptr + b * h_stride_B + c, h, mask=inside)
         opened, _ = gelu(tl.load(y_ptr + b * y_stride_B + c, mask=inside, other=0.0).to(tl.float32))
@@ -561,7 +567,7 @@ def decode_kernel(
     tl.debug_barrier()  # every thread has read the old state before any writes the new one
     for tap in tl.static_range(K - 1):
         state = conv_state_ptr + b * state_stride_B + tap * state_stride_T + c_in * state_stride_D
-        tl.store(state, moved[tap], mask=is_in & (is_held == 0))
+        tl.store(state, moved[tap], mask=is_in & (is_padding == 0))
 
 
 # ---------------------------------------------------------------- launches
@@ -583,8 +589,8 @@ class _Block(NamedTuple):
     y_BTD: Tensor
     context_BCD: Tensor | None
     reset_BT: Tensor | None
-    hold_BT: Tensor | None
-    reach_BTK: Tensor | None
+    is_padding_BT: Tensor | None
+    conv_tap_mask_BTK: Tensor | None
     conv_weight_KD: Tensor
     conv_bias_D: Tensor
     a_weight_Hdd: Tensor
@@ -600,10 +606,10 @@ class _Block(NamedTuple):
         def contiguous(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor.contiguous()
 
-        reset, hold = (None if flag is None else flag.contiguous().view(torch.uint8) for flag in flags[:2])
+        reset, is_padding = (None if flag is None else flag.contiguous().view(torch.uint8) for flag in flags[:2])
         context = None if context is None else rows_of_channels(context)
         return cls(
-            rows_of_channels(u), rows_of_channels(y), context, reset, hold, contiguous(flags[2]),
+            rows_of_channels(u), rows_of_channels(y), context, reset, is_padding, contiguous(flags[2]),
             *(parameter.contiguous() for parameter in parameters),
         )  # fmt: skip
 
@@ -619,7 +625,7 @@ class _Block(NamedTuple):
     @property
     def row_strides(self) -> list[int]:
         """Of context (two), reset, hold and reach."""
-        flags = (self.reset_BT, self.hold_BT, self.reach_BTK)
+        flags = (self.reset_BT, self.is_padding_BT, self.conv_tap_mask_BTK)
         return [*_context_strides(self.context_BCD), *map(_row_stride, flags)]
 
     @property
@@ -627,8 +633,8 @@ class _Block(NamedTuple):
         return {
             "HAS_CONTEXT": self.context_BCD is not None,
             "HAS_RESET": self.reset_BT is not None,
-            "HAS_HOLD": self.hold_BT is not None,
-            "HAS_REACH": self.reach_BTK is not None,
+            "HAS_PADDING": self.is_padding_BT is not None,
+            "HAS_CONV_TAP_MASK": self.conv_tap_mask_BTK is not None,
             "K": self.conv_weight_KD.shape[0],
         }
 
@@ -722,7 +728,7 @@ def _launch_scan_backward(
 
 
 def _launch_conv_backward(
-    dout_BTD: Tensor, u_BTD: Tensor, context_BCD: Tensor | None, reach_BTK: Tensor | None, weight_KD: Tensor,
+    dout_BTD: Tensor, u_BTD: Tensor, context_BCD: Tensor | None, conv_tap_mask_BTK: Tensor | None, weight_KD: Tensor,
     du_BTD: Tensor, dcontext_BCD: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """Writes du and dcontext; returns dweight and dbias, (K + 1, D) in float32."""
@@ -732,11 +738,11 @@ def _launch_conv_backward(
     sums_BSKD = allocate((B, S, K + 1, D), torch.float32, u_BTD.device)
     with on_device(u_BTD):
         conv_backward_kernel[(B * blocks, S)](
-            dout_BTD, u_BTD, pointer(context_BCD, u_BTD), pointer(reach_BTK, u_BTD), weight_KD,
+            dout_BTD, u_BTD, pointer(context_BCD, u_BTD), pointer(conv_tap_mask_BTK, u_BTD), weight_KD,
             du_BTD, pointer(dcontext_BCD, u_BTD), sums_BSKD,
             T, D, S, steps, *dout_BTD.stride()[:2], *u_BTD.stride()[:2], *_context_strides(context_BCD),
-            du_BTD.stride(0), _row_stride(dcontext_BCD), _row_stride(reach_BTK),
-            HAS_CONTEXT=context_BCD is not None, HAS_REACH=reach_BTK is not None, K=K,
+            du_BTD.stride(0), _row_stride(dcontext_BCD), _row_stride(conv_tap_mask_BTK),
+            HAS_CONTEXT=context_BCD is not None, HAS_CONV_TAP_MASK=conv_tap_mask_BTK is not None, K=K,
             SUMS=triton.next_power_of_2(K + 1), TIME=tile.time, CHANNELS=tile.channels, num_warps=tile.warps,
             **OPTIONS,
         )  # fmt: skip
@@ -757,7 +763,9 @@ def _block_gradients(
     dconv_HNd.baddbmm_(dgates_HNe, weights_Hed)
     du, context = allocate(dy.shape, dy.dtype, dy.device), block.context_BCD
     dcontext = None if context is None else allocate(tuple(context.shape), dy.dtype, dy.device)
-    sums_KD = _launch_conv_backward(dconv, block.u_BTD, context, block.reach_BTK, block.conv_weight_KD, du, dcontext)
+    sums_KD = _launch_conv_backward(
+        dconv, block.u_BTD, context, block.conv_tap_mask_BTK, block.conv_weight_KD, du, dcontext
+    )
     da_weight, dx_weight = dweights_Hde.split(d, dim=2)
     dsoftplus, da_bias, dx_bias = sums_3D
     parameters = (sums_KD[:-1], sums_KD[-1], da_weight, da_bias, dx_weight, dx_bias, dsoftplus)
@@ -781,12 +789,12 @@ def block(
     x_bias_D: Tensor,
     softplus_D: Tensor,
     reset_BT: Tensor | None,
-    hold_BT: Tensor | None,
-    reach_BTK: Tensor | None,
+    is_padding_BT: Tensor | None,
+    conv_tap_mask_BTK: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The block's inside; its last state in float32; and, for the backward pass, the state that enters each tile."""
     parameters = (conv_weight_KD, conv_bias_D, a_weight_Hdd, a_bias_D, x_weight_Hdd, x_bias_D, softplus_D)
-    prepared = _Block.prepare(u_BTD, y_BTD, context_BCD, parameters, (reset_BT, hold_BT, reach_BTK))
+    prepared = _Block.prepare(u_BTD, y_BTD, context_BCD, parameters, (reset_BT, is_padding_BT, conv_tap_mask_BTK))
     return _launch_block(prepared, h0_BD)
 
 
@@ -817,15 +825,15 @@ def block_backward(
     x_bias_D: Tensor,
     softplus_D: Tensor,
     reset_BT: Tensor | None,
-    hold_BT: Tensor | None,
-    reach_BTK: Tensor | None,
+    is_padding_BT: Tensor | None,
+    conv_tap_mask_BTK: Tensor | None,
 ) -> list[Tensor]:
     """Gradients of u, y, h0, the parameters in the order of `block`, and the context, if there is one."""
     parameters = (conv_weight_KD, conv_bias_D, a_weight_Hdd, a_bias_D, x_weight_Hdd, x_bias_D, softplus_D)
     if u_BTD.numel() == 0:
         inputs = (u_BTD, y_BTD, dlast_BD, *parameters, *([] if context_BCD is None else [context_BCD]))
         return [torch.zeros_like(x) for x in inputs]
-    prepared = _Block.prepare(u_BTD, y_BTD, context_BCD, parameters, (reset_BT, hold_BT, reach_BTK))
+    prepared = _Block.prepare(u_BTD, y_BTD, context_BCD, parameters, (reset_BT, is_padding_BT, conv_tap_mask_BTK))
     du, dy, dcontext, dh0_BD, gradients = _block_gradients(prepared, dout_BTD, dlast_BD, carries_BMD)
     # Copies, where nothing is cast: an operator's results share no memory.
     pairs = zip(gradients, parameters, strict=True)
@@ -875,8 +883,8 @@ def decode(
     x_bias_Hd: Tensor,
     lambda_D: Tensor,
     reset_B: Tensor | None,
-    hold_B: Tensor | None,
-    reach_BK: Tensor | None,
+    is_padding_B: Tensor | None,
+    conv_tap_mask_BK: Tensor | None,
 ) -> Tensor:
     """The block's inside for one token; updates the conv state (any strides) and the float32 state in place."""
     (B, D), (H, d, _) = u_BD.shape, a_weight_Hdd.shape
@@ -884,18 +892,19 @@ def decode(
     if out_BD.numel() == 0:
         return out_BD
     u_BD, y_BD = rows_of_channels(u_BD), rows_of_channels(y_BD)
-    flags = [None if flag is None else flag.contiguous() for flag in (reset_B, hold_B, reach_BK)]
-    reset, hold = (None if flag is None else flag.view(torch.uint8) for flag in flags[:2])
+    flags = [None if flag is None else flag.contiguous() for flag in (reset_B, is_padding_B, conv_tap_mask_BK)]
+    reset, is_padding = (None if flag is None else flag.view(torch.uint8) for flag in flags[:2])
     parameters = (conv_weight_D1K, conv_bias_D, a_weight_Hdd, a_bias_Hd, x_weight_Hdd, x_bias_Hd, lambda_D)
     state_strides = conv_state_BDC.stride()
     tile = DECODE_TILES[u_BD.dtype == torch.float32]
     with on_device(u_BD):
         decode_kernel[(H * -(-B // tile.time),)](
-            u_BD, y_BD, conv_state_BDC, h_BD, *(pointer(flag, u_BD) for flag in (reset, hold, flags[2])),
+            u_BD, y_BD, conv_state_BDC, h_BD, *(pointer(flag, u_BD) for flag in (reset, is_padding, flags[2])),
             *(parameter.contiguous() for parameter in parameters), out_BD,
             B, D, d, u_BD.stride(0), y_BD.stride(0), state_strides[0], state_strides[2], state_strides[1],
             h_BD.stride(0), *map(_row_stride, flags),
-            HAS_RESET=reset is not None, HAS_HOLD=hold is not None, HAS_REACH=reach_BK is not None,
+            HAS_RESET=reset is not None, HAS_PADDING=is_padding is not None,
+            HAS_CONV_TAP_MASK=conv_tap_mask_BK is not None,
             UPCAST=_is_interpreted(), K=conv_weight_D1K.shape[2], HEAD=padded(d), ROWS=tile.time,
             CHANNELS=min(tile.channels, padded(d)), num_warps=tile.warps, **OPTIONS,
         )  # fmt: skip
@@ -908,7 +917,7 @@ def _(u_BD: Tensor, *rest: Tensor | None) -> Tensor:
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::conv", mutates_args=())
-def conv(full_BFD: Tensor, reach_BTK: Tensor | None, weight_KD: Tensor, bias_D: Tensor) -> Tensor:
+def conv(full_BFD: Tensor, conv_tap_mask_BTK: Tensor | None, weight_KD: Tensor, bias_D: Tensor) -> Tensor:
     """The depthwise causal convolution by itself: of F = K - 1 + T inputs to (B, T, D)."""
     B, _, D = full_BFD.shape
     u_BTD, context_BCD = _parted(rows_of_channels(full_BFD), weight_KD)
@@ -916,12 +925,13 @@ def conv(full_BFD: Tensor, reach_BTK: Tensor | None, weight_KD: Tensor, bias_D: 
     out_BTD = allocate((B, T, D), u_BTD.dtype, u_BTD.device)
     if out_BTD.numel() == 0:
         return out_BTD
-    reach_BTK = None if reach_BTK is None else reach_BTK.contiguous()
+    conv_tap_mask_BTK = None if conv_tap_mask_BTK is None else conv_tap_mask_BTK.contiguous()
     with on_device(u_BTD):
         conv_kernel[(B * -(-D // tile.channels) * -(-T // tile.time),)](
-            u_BTD, pointer(context_BCD, u_BTD), pointer(reach_BTK, u_BTD), weight_KD.contiguous(), bias_D.contiguous(),
-            out_BTD, T, D, *u_BTD.stride()[:2], *_context_strides(context_BCD), _row_stride(reach_BTK),
-            HAS_CONTEXT=context_BCD is not None, HAS_REACH=reach_BTK is not None, K=weight_KD.shape[0],
+            u_BTD, pointer(context_BCD, u_BTD), pointer(conv_tap_mask_BTK, u_BTD), weight_KD.contiguous(),
+            bias_D.contiguous(),
+            out_BTD, T, D, *u_BTD.stride()[:2], *_context_strides(context_BCD), _row_stride(conv_tap_mask_BTK),
+            HAS_CONTEXT=context_BCD is not None, HAS_CONV_TAP_MASK=conv_tap_mask_BTK is not None, K=weight_KD.shape[0],
             TIME=tile.time, CHANNELS=tile.channels, num_warps=tile.warps, **OPTIONS,
         )  # fmt: skip
     return out_BTD
@@ -934,42 +944,42 @@ def _parted(full_BFD: Tensor, weight_KD: Tensor) -> tuple[Tensor, Tensor | None]
 
 
 @conv.register_fake
-def _(full_BFD: Tensor, reach_BTK: Tensor | None, weight_KD: Tensor, bias_D: Tensor) -> Tensor:
+def _(full_BFD: Tensor, conv_tap_mask_BTK: Tensor | None, weight_KD: Tensor, bias_D: Tensor) -> Tensor:
     B, F, D = full_BFD.shape
     return torch.empty((B, F - weight_KD.shape[0] + 1, D), dtype=full_BFD.dtype, device=full_BFD.device)
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::conv_backward", mutates_args=())
 def conv_backward(
-    dout_BTD: Tensor, full_BFD: Tensor, reach_BTK: Tensor | None, weight_KD: Tensor
+    dout_BTD: Tensor, full_BFD: Tensor, conv_tap_mask_BTK: Tensor | None, weight_KD: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Gradients of the inputs; and of weight and bias, one below the other, (K + 1, D) in float32."""
     dfull_BFD = allocate(tuple(full_BFD.shape), full_BFD.dtype, full_BFD.device)
     if dout_BTD.numel() == 0:
         K, D = weight_KD.shape
         return dfull_BFD.zero_(), weight_KD.new_zeros((K + 1, D), dtype=torch.float32)
-    reach_BTK = None if reach_BTK is None else reach_BTK.contiguous()
+    conv_tap_mask_BTK = None if conv_tap_mask_BTK is None else conv_tap_mask_BTK.contiguous()
     inputs, gradients = (_parted(full, weight_KD) for full in (rows_of_channels(full_BFD), dfull_BFD))
     dout_BTD = rows_of_channels(dout_BTD)
-    return dfull_BFD, _launch_conv_backward(dout_BTD, *inputs, reach_BTK, weight_KD.contiguous(), *gradients)
+    return dfull_BFD, _launch_conv_backward(dout_BTD, *inputs, conv_tap_mask_BTK, weight_KD.contiguous(), *gradients)
 
 
 @conv_backward.register_fake
-def _(dout_BTD: Tensor, full_BFD: Tensor, reach_BTK: Tensor | None, weight_KD: Tensor) -> tuple[Tensor, Tensor]:
+def _(dout_BTD: Tensor, full_BFD: Tensor, conv_tap_mask_BTK: Tensor | None, weight_KD: Tensor) -> tuple[Tensor, Tensor]:
     K, D = weight_KD.shape
     dfull_BFD = torch.empty(full_BFD.shape, dtype=full_BFD.dtype, device=full_BFD.device)
     return dfull_BFD, torch.empty((K + 1, D), dtype=torch.float32, device=full_BFD.device)
 
 
 def _save_for_conv_gradient(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    full, reach, weight, bias = inputs
+    full, conv_tap_mask, weight, bias = inputs
     ctx.bias_dtype = bias.dtype
-    ctx.save_for_backward(full, reach, weight)
+    ctx.save_for_backward(full, conv_tap_mask, weight)
 
 
 def _conv_gradient(ctx: Any, dout_BTD: Tensor) -> tuple[Tensor | None, ...]:
-    full, reach, weight = ctx.saved_tensors
-    dfull, sums_KD = conv_backward(dout_BTD, full, reach, weight)
+    full, conv_tap_mask, weight = ctx.saved_tensors
+    dfull, sums_KD = conv_backward(dout_BTD, full, conv_tap_mask, weight)
     return dfull, None, sums_KD[:-1].to(weight.dtype), sums_KD[-1].to(ctx.bias_dtype)
 
 

@@ -20,7 +20,7 @@ class RgLruCoefficients(torch.autograd.Function):
 
     Recomputes everything in its backward: three activations are saved instead of nine. The derivative of the square
     root is bounded as in the official code. Inputs (B, T, D) before the sigmoids, softplus(Lambda) (D,) in float32;
-    `reset` (B or 1, T, 1) bool, `hold` likewise or None. Outputs a and x' in float32 (float64 for float64).
+    `reset` (B or 1, T, 1) bool, `is_padding` likewise or None. Outputs a and x' in float32 (float64 for float64).
     """
 
     @staticmethod
@@ -38,7 +38,7 @@ class RgLruCoefficients(torch.autograd.Function):
         x: torch.Tensor,
         softplus_D: torch.Tensor,
         reset: torch.Tensor,
-        hold: torch.Tensor | None,
+        is_padding: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Compute a and x' without gradients, in place where it can."""
         _, i, log_a, one_minus_a2 = RgLruCoefficients._parts(r_pre, i_pre, softplus_D)
@@ -46,17 +46,19 @@ class RgLruCoefficients(torch.autograd.Function):
         # A document begins: nothing of the past, and x enters undamped.
         a, multiplier = a.masked_fill_(reset, 0.0), multiplier.masked_fill_(reset, 1.0)
         gated = multiplier.mul_(i).mul_(x)
-        if hold is not None:  # padding: the state passes unchanged
-            a, gated = a.masked_fill_(hold, 1.0), gated.masked_fill_(hold, 0.0)
+        if is_padding is not None:  # padding: the state passes unchanged
+            a, gated = a.masked_fill_(is_padding, 1.0), gated.masked_fill_(is_padding, 0.0)
         return a, gated
 
     @staticmethod
     def plain(*inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Compute the same for autograd and every transform of torch."""
-        r_pre, i_pre, x, softplus_D, reset, hold = inputs
+        r_pre, i_pre, x, softplus_D, reset, is_padding = inputs
         _, i, log_a, one_minus_a2 = RgLruCoefficients._parts(r_pre, i_pre, softplus_D)
         a, gated = log_a.exp().masked_fill(reset, 0.0), bounded_sqrt(one_minus_a2).masked_fill(reset, 1.0) * i * x
-        return (a, gated) if hold is None else (a.masked_fill(hold, 1.0), gated.masked_fill(hold, 0.0))
+        return (
+            (a, gated) if is_padding is None else (a.masked_fill(is_padding, 1.0), gated.masked_fill(is_padding, 0.0))
+        )
 
     @staticmethod
     def forward(ctx: Any, *inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -70,11 +72,11 @@ class RgLruCoefficients(torch.autograd.Function):
         saved_tensors = ctx.saved_tensors  # read once: activation checkpointing refuses a second time
         if torch.is_grad_enabled():
             return _differentiable_gradients(RgLruCoefficients, saved_tensors, (grad_a, grad_gated))
-        r_pre, i_pre, x, softplus_D, reset, hold = saved_tensors
+        r_pre, i_pre, x, softplus_D, reset, is_padding = saved_tensors
         r, i, log_a, one_minus_a2 = RgLruCoefficients._parts(r_pre, i_pre, softplus_D)
         x = x.to(softplus_D.dtype)
-        if hold is not None:
-            grad_a, grad_gated = grad_a.masked_fill(hold, 0.0), grad_gated.masked_fill(hold, 0.0)
+        if is_padding is not None:
+            grad_a, grad_gated = grad_a.masked_fill(is_padding, 0.0), grad_gated.masked_fill(is_padding, 0.0)
         multiplier = one_minus_a2.sqrt().masked_fill_(reset, 1.0)
         grad_x = grad_gated * multiplier
         grad_i = grad_x * x * i * (1.0 - i)
@@ -93,45 +95,47 @@ class RgLruCoefficients(torch.autograd.Function):
 class CausalConv1d(torch.autograd.Function):
     """Depthwise causal convolution of (B, K - 1 + T, D), the context in front, to (B, T, D); weight (D, 1, K).
 
-    `reach` (B or 1, T, K) of 0 and 1 or None (all 1) keeps it from reading across the start of a document. By hand,
-    because a sum of shifted products in place is twice as fast on a CPU as any other form, forward and backward, and
-    keeps time before the channels.
+    `conv_tap_mask` (B or 1, T, K) of 0 and 1 or None (all 1) keeps it from reading across the start of a document. By
+    hand, because a sum of shifted products in place is twice as fast on a CPU as any other form, forward and backward,
+    and keeps time before the channels.
     """
 
     @staticmethod
     def compute(
-        full: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, reach: torch.Tensor | None
+        full: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, conv_tap_mask: torch.Tensor | None
     ) -> torch.Tensor:
         """Compute the convolution without gradients."""
         weight_KD = weight[:, 0].t()
         K, T = weight_KD.shape[0], full.shape[1] - weight_KD.shape[0] + 1
         if T == 1:  # one product instead of K
-            seen = full if reach is None else full * reach.transpose(1, 2)
+            seen = full if conv_tap_mask is None else full * conv_tap_mask.transpose(1, 2)
             return (seen * weight_KD).sum(1, keepdim=True) + bias
         weight_KD = weight_KD.contiguous()
         out = bias.expand(full.shape[0], T, -1).clone()
         for tap in range(K):
             x = full[:, tap : tap + T]
-            out.addcmul_(x if reach is None else x * reach[..., tap, None], weight_KD[tap])
+            out.addcmul_(x if conv_tap_mask is None else x * conv_tap_mask[..., tap, None], weight_KD[tap])
         return out
 
     @staticmethod
-    def plain(full: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, reach: torch.Tensor | None) -> torch.Tensor:
+    def plain(
+        full: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, conv_tap_mask: torch.Tensor | None
+    ) -> torch.Tensor:
         """Compute the same for autograd and every transform of torch."""
         K, T = weight.shape[2], full.shape[1] - weight.shape[2] + 1
         out = bias.expand(full.shape[0], T, -1)
         for tap in range(K):
             x = full[:, tap : tap + T]
-            out = out + (x if reach is None else x * reach[..., tap, None]) * weight[:, 0, tap]
+            out = out + (x if conv_tap_mask is None else x * conv_tap_mask[..., tap, None]) * weight[:, 0, tap]
         return out
 
     @staticmethod
     def forward(
-        ctx: Any, full: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, reach: torch.Tensor | None
+        ctx: Any, full: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, conv_tap_mask: torch.Tensor | None
     ) -> torch.Tensor:
         """Compute it and keep the inputs for `backward`."""
-        ctx.save_for_backward(full, weight, bias, reach)
-        return CausalConv1d.compute(full, weight, bias, reach)
+        ctx.save_for_backward(full, weight, bias, conv_tap_mask)
+        return CausalConv1d.compute(full, weight, bias, conv_tap_mask)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -139,12 +143,12 @@ class CausalConv1d(torch.autograd.Function):
         saved_tensors = ctx.saved_tensors
         if torch.is_grad_enabled():
             return _differentiable_gradients(CausalConv1d, saved_tensors, (grad,))
-        full, weight, _, reach = saved_tensors
+        full, weight, _, conv_tap_mask = saved_tensors
         weight_KD = weight[:, 0].t().contiguous()
         T = grad.shape[1]
         grad_full, grad_taps = torch.zeros_like(full), []
         for tap, weight_D in enumerate(weight_KD):
-            seen = grad if reach is None else grad * reach[..., tap, None]
+            seen = grad if conv_tap_mask is None else grad * conv_tap_mask[..., tap, None]
             grad_full[:, tap : tap + T].addcmul_(seen, weight_D)
             grad_taps.append((full[:, tap : tap + T] * seen).sum((0, 1)))
         return grad_full, torch.stack(grad_taps, dim=1)[:, None], grad.sum((0, 1)), None

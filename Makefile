@@ -40,7 +40,7 @@ test-newest: $(NEWEST)/installed-test
 
 # The oldest environment holds the built wheel rather than a link to src/: what users install is what is tested. Kernels
 # and benchmarks, the slowest tests, do not depend on the version of Transformers and run on the newest alone.
-SAME_ON_EVERY_TRANSFORMERS := linear_recurrence linear_recurrence_triton recurrent_block_triton compiled_kernels benchmarks
+SAME_ON_EVERY_TRANSFORMERS := scan scan_triton recurrent_block_triton compiled_kernels benchmarks
 test-oldest: $(OLDEST)/installed-wheel
 	$(OLDEST)/bin/python $(PYTEST) $(SAME_ON_EVERY_TRANSFORMERS:%=--ignore tests/test_%.py)
 
@@ -48,7 +48,7 @@ test-oldest: $(OLDEST)/installed-wheel
 # of Transformers and torch (its CUDA build on Linux, some 5 GB). Whatever was released since the last run is installed
 # first. A slice of the tests, about three minutes; `make test` runs all of them. The official code is their oracle: without
 # its dependencies, which would hold numpy back, and with what it imports.
-FIRST_DAY := fresh_install transformers_compat generation cache hub cli modeling compiled_step linear_recurrence readme
+FIRST_DAY := fresh_install transformers_compat generation cache hub cli modeling compiled_step scan readme
 test-unpinned:
 	@echo "setting up $(UNPINNED): the wheel and what pip resolves for it today"
 	@$(PYTHON) -m venv $(UNPINNED)

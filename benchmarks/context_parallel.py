@@ -15,7 +15,7 @@ from peers import our_config, recorded, seconds
 
 from recurrent_gemma_hf import RecurrentGemmaForCausalLM
 from recurrent_gemma_hf.context_parallel import SequenceShard
-from recurrent_gemma_hf.linear_recurrence import linear_recurrence
+from recurrent_gemma_hf.scan import linear_recurrence
 
 
 def main() -> None:

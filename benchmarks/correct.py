@@ -18,12 +18,6 @@ from torch import nn
 from transformers import AutoModelForCausalLM, CompileConfig
 
 from recurrent_gemma_hf import RecurrentGemmaCache, RecurrentGemmaForCausalLM, demo_checkpoint
-from recurrent_gemma_hf.linear_recurrence import (
-    available_backends,
-    linear_recurrence,
-    resolve_backend,
-    triton_refusal,
-)
 from recurrent_gemma_hf.recurrent_block import (
     RecurrentBlockParameters,
     causal_conv1d,
@@ -32,6 +26,12 @@ from recurrent_gemma_hf.recurrent_block import (
     recurrent_block_step,
 )
 from recurrent_gemma_hf.rg_lru import CausalConv1d
+from recurrent_gemma_hf.scan import (
+    available_backends,
+    linear_recurrence,
+    resolve_backend,
+    triton_refusal,
+)
 
 LIMITS = {torch.float32: 1e-4, torch.bfloat16: 4e-2}  # relative, in norm
 

@@ -32,7 +32,7 @@ piece() {
       at 260 correct.py
       local workers=(-n 8)
       "$PYTHON" -c "import xdist" 2>/dev/null || workers=()
-      timeout 260 "$PYTHON" -m pytest -q -p no:cacheprovider ${workers[@]+"${workers[@]}"} tests/test_linear_recurrence*.py \
+      timeout 260 "$PYTHON" -m pytest -q -p no:cacheprovider ${workers[@]+"${workers[@]}"} tests/test_scan*.py \
         tests/test_recurrent_block*.py tests/test_cache.py tests/test_modeling.py tests/test_against_official.py \
         2>&1 | tee "$BENCHMARK_RESULTS/pytest.txt" | tail -25
       ;;

@@ -26,7 +26,7 @@ from peers import (
     with_ratios,
 )
 
-from recurrent_gemma_hf.linear_recurrence import available_backends, linear_recurrence, resolve_backend
+from recurrent_gemma_hf.scan import available_backends, linear_recurrence, resolve_backend
 
 COLUMNS = ["what", "shape", "model", "ms", "GB/s", "share of floor", "times ours"]
 MOVED = {"forward": 3, "backward": 5}  # tensors of (B, T, D), each once

@@ -22,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-from recurrent_gemma_hf import linear_recurrence_triton, recurrent_block_triton
+from recurrent_gemma_hf import recurrent_block_triton, scan_triton
 
 TARGETS = {
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -86,7 +86,7 @@ def registers(compiled, capability: str) -> dict[str, int]:
 
 
 def scan_cases():
-    module, bf16, fp32, u8 = linear_recurrence_triton, torch.bfloat16, torch.float32, torch.uint8
+    module, bf16, fp32, u8 = scan_triton, torch.bfloat16, torch.float32, torch.uint8
     summaries = {"decay_ptr": fp32, "end_ptr": fp32, "reset_ptr": u8, "last_ptr": fp32, "dh_last_ptr": fp32}
     for name, x_dtype in (("bf16", bf16), ("fp32", fp32)):
         dtypes = {"x_ptr": x_dtype, **summaries, "h0_ptr": fp32, "dh0_ptr": fp32}

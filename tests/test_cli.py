@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 import recurrent_gemma_hf
 from recurrent_gemma_hf import PRESETS, RecurrentGemmaCache, RecurrentGemmaConfig, RecurrentGemmaForCausalLM, cli
-from recurrent_gemma_hf.linear_recurrence import resolve_backend
+from recurrent_gemma_hf.scan import resolve_backend
 
 SPECIAL_TOKENS = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]
 END_OF_TURN = SPECIAL_TOKENS.index("<end_of_turn>")

@@ -8,7 +8,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call
 
 from recurrent_gemma_hf import RecurrentGemmaForCausalLM, linear_recurrence, set_backend
-from recurrent_gemma_hf.linear_recurrence import linear_recurrence_reference
+from recurrent_gemma_hf.scan import linear_recurrence_reference
 
 # Torch imports its own decompositions for forward mode, and scripts them.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")

@@ -273,5 +273,5 @@ def test_a_missing_extra_is_named(monkeypatch):
 
 
 def test_an_error_of_our_own_is_not_taken_for_a_missing_extra():
-    with pytest.raises(ModuleNotFoundError, match="evaluation.harnes'"):
+    with pytest.raises(ModuleNotFoundError, match=r"evaluation\.harnes'"):
         commands._import_extra("harnes")

@@ -13,11 +13,11 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # What a checkpoint carries to the Hub, as its own code. Each file imports files above it only, wherever the import
 # stands: at its head, or in a function that needs Triton.
 CARRIED = (
-    "transformers_compat configuration_recurrent_gemma linear_cross_entropy linear_recurrence_triton linear_recurrence "
+    "transformers_compat configuration_recurrent_gemma cross_entropy scan_triton scan "
     "cpu_linear recurrent_block rg_lru cache_recurrent_gemma inputs attention tensor_parallel generation "
     "modeling_recurrent_gemma"
 ).split()
-OPERATIONS = "linear_cross_entropy linear_recurrence_triton linear_recurrence cpu_linear recurrent_block rg_lru".split()
+OPERATIONS = "cross_entropy scan_triton scan cpu_linear recurrent_block rg_lru".split()
 # The kernels of the block take two constants from the file that calls them.
 CALLED_FROM_ABOVE = {("recurrent_block", "recurrent_block_triton")}
 

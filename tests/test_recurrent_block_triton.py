@@ -10,11 +10,10 @@ import torch
 from small_models import build, tiny_config
 
 from recurrent_gemma_hf import RecurrentGemmaCache, RecurrentGemmaForCausalLM, set_backend
-from recurrent_gemma_hf import linear_recurrence_triton as scan_kernels
 from recurrent_gemma_hf import modeling_recurrent_gemma as modeling
 from recurrent_gemma_hf import recurrent_block as module
 from recurrent_gemma_hf import recurrent_block_triton as kernels
-from recurrent_gemma_hf.linear_recurrence_triton import Tile
+from recurrent_gemma_hf import scan_triton as scan_kernels
 from recurrent_gemma_hf.recurrent_block import (
     RecurrentBlockParameters,
     causal_conv1d,
@@ -23,6 +22,7 @@ from recurrent_gemma_hf.recurrent_block import (
     recurrent_block_step,
     resolve_block_backend,
 )
+from recurrent_gemma_hf.scan_triton import Tile
 from tests.triton_interpreter import fast_scan, poisoned  # noqa: F401 (a fixture)
 
 GPU_TILES = kernels.FORWARD_TILES, kernels.BACKWARD_TILES, kernels.CONV_TILE
@@ -493,7 +493,7 @@ def test_auto_leaves_gpus_whose_registers_are_too_few(monkeypatch, capability: t
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    caches = module._suits, sys.modules["recurrent_gemma_hf.linear_recurrence"]._triton_refusal
+    caches = module._suits, sys.modules["recurrent_gemma_hf.scan"]._triton_refusal
     for cache in caches:
         cache.cache_clear()
     try:

@@ -18,8 +18,7 @@ from transformers import (
 from . import peft_defaults
 from .cache_recurrent_gemma import RecurrentGemmaCache
 from .configuration_recurrent_gemma import PRESETS, RecurrentGemmaConfig
-from .linear_cross_entropy import linear_cross_entropy
-from .linear_recurrence import linear_recurrence
+from .cross_entropy import linear_cross_entropy
 from .modeling_recurrent_gemma import (
     RecurrentGemmaForCausalLM,
     RecurrentGemmaForQuestionAnswering,
@@ -29,6 +28,7 @@ from .modeling_recurrent_gemma import (
     RecurrentGemmaPreTrainedModel,
 )
 from .recurrent_block import set_backend
+from .scan import linear_recurrence
 from .training import GriffinTrainerMixin, decayed_parameter_names, parameter_groups
 
 __version__ = "0.1.0"

@@ -427,8 +427,8 @@ def _cache_bytes(config: RecurrentGemmaConfig) -> int:
 def _describe_computation(config: RecurrentGemmaConfig, dtype: str, device: str | None) -> dict[str, Any]:
     import torch
 
-    from .linear_recurrence import resolve_backend
     from .recurrent_block import resolve_block_backend
+    from .scan import resolve_backend
 
     head_width = config.lru_width // config.num_attention_heads
 

@@ -29,9 +29,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional as F
 
 from .configuration_recurrent_gemma import RecurrentGemmaConfig
+from .cross_entropy import IGNORE_INDEX
 from .inputs import check_positions, document_positions, first_tokens, is_counted
-from .linear_cross_entropy import IGNORE_INDEX
-from .linear_recurrence import linear_recurrence
+from .scan import linear_recurrence
 
 _SEGMENT = 4096  # tokens whose decays are held at once in the backward pass
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .linear_recurrence import is_transformed
+from .scan import is_transformed
 
 ONEDNN: Any = torch.backends.mkldnn  # Any: its attributes are properties, made at run time
 HAS_ONEDNN = ONEDNN.is_available()

@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from .cache_recurrent_gemma import RecurrentGemmaCache
-from .linear_recurrence import is_transformed
+from .scan import is_transformed
 
 
 class InputMask(NamedTuple):

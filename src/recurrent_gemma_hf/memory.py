@@ -187,9 +187,9 @@ def _activations(model: nn.Module, batch_size: int, tokens: int) -> tuple[list[i
 
 
 def _loss(model: Any, how: Strategy, tokens: int) -> int:
-    """Blocks of logits at a time (linear_cross_entropy.py): two in float32, one more in a narrower dtype; and the
+    """Blocks of logits at a time (cross_entropy.py): two in float32, one more in a narrower dtype; and the
     gradient of the head where it is trained."""
-    from .linear_cross_entropy import BLOCK_ELEMENTS
+    from .cross_entropy import BLOCK_ELEMENTS
 
     head = model.get_output_embeddings()
     V, E = head.weight.shape

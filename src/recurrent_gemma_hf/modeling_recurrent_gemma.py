@@ -35,6 +35,7 @@ from .attention import (
 from .cache_recurrent_gemma import RecurrentGemmaCache
 from .configuration_recurrent_gemma import RecurrentGemmaConfig
 from .cpu_linear import fast_linear, is_cpu_without_bfloat16, linear
+from .cross_entropy import IGNORE_INDEX, check_labels, chunked_cross_entropy, linear_cross_entropy
 from .generation import RecurrentGemmaGenerationMixin
 from .inputs import (
     InputMask,
@@ -48,8 +49,6 @@ from .inputs import (
     reorder_attention,
     shows_any,
 )
-from .linear_cross_entropy import IGNORE_INDEX, check_labels, chunked_cross_entropy, linear_cross_entropy
-from .linear_recurrence import linear_recurrence, resolve_backend
 from .recurrent_block import (
     RecurrentBlockParameters,
     causal_conv1d,
@@ -58,6 +57,7 @@ from .recurrent_block import (
     resolve_block_backend,
 )
 from .rg_lru import CausalConv1d, RgLruCoefficients, differentiable
+from .scan import linear_recurrence, resolve_backend
 from .tensor_parallel import check_tensor_parallel
 from .transformers_compat import (
     ACT2FN,

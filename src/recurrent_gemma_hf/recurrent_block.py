@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .linear_recurrence import ask_for, asked_for, is_transformed, linear_recurrence_reference, triton_refusal
+from .scan import ask_for, asked_for, is_transformed, linear_recurrence_reference, triton_refusal
 
 RG_LRU_C = 8.0  # c of equation 3: log a = -c r softplus(Lambda)
 MIN_4X_IN_SQRT_GRADIENT = 1e-6  # the official code divides the gradient of sqrt(x) by sqrt(max(4 x, this))

@@ -8,7 +8,7 @@ Backward, by recomputation: one kernel walks back through time, tile by tile, re
 state and writes the gradients of y and of everything in front of the scan; matrix products (of torch) take those of the
 gates to the convolution's output and to the gates' weights; one kernel takes them through the convolution.
 
-As in linear_recurrence_triton.py, time is cut into segments where rows and channels alone would leave the GPU idle, and
+As in scan_triton.py, time is cut into segments where rows and channels alone would leave the GPU idle, and
 nothing depends on the order in which programs run.
 
 Shape suffixes: B batch, T time, D lru_width, H heads, d width of a head (D / H), K conv taps, S segments of time,
@@ -24,7 +24,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .linear_recurrence_triton import (
+from .recurrent_block import MIN_4X_IN_SQRT_GRADIENT as _MIN_4X_IN_SQRT_GRADIENT
+from .recurrent_block import RG_LRU_C as _RG_LRU_C
+from .scan_triton import (
     OPTIONS,
     SIZES,
     Tile,
@@ -41,8 +43,6 @@ from .linear_recurrence_triton import (
     tl,
     triton,
 )
-from .recurrent_block import MIN_4X_IN_SQRT_GRADIENT as _MIN_4X_IN_SQRT_GRADIENT
-from .recurrent_block import RG_LRU_C as _RG_LRU_C
 
 _NAMESPACE = re.sub(r"\W", "_", __name__, flags=re.ASCII)
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from .linear_recurrence import is_transformed
 from .recurrent_block import MIN_4X_IN_SQRT_GRADIENT, RG_LRU_C, bounded_sqrt
+from .scan import is_transformed
 
 
 class RgLruCoefficients(torch.autograd.Function):

@@ -71,8 +71,8 @@ from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 
 from .attention import rotate
 from .configuration_recurrent_gemma import RecurrentGemmaConfig
-from .linear_recurrence import linear_recurrence_varlen
 from .rg_lru import RgLruCoefficients
+from .scan import linear_recurrence_varlen
 from .vllm_plugin import padded_head_dim
 
 # --- The two operators that touch a request's state ----------------------------------------------------------------

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from recurrent_gemma_hf import set_backend
-from recurrent_gemma_hf.linear_recurrence import (
+from recurrent_gemma_hf.scan import (
     available_backends,
     linear_recurrence,
     linear_recurrence_chunked,
@@ -21,9 +21,9 @@ from recurrent_gemma_hf.linear_recurrence import (
 )
 
 # The package may export the function under the module's name, so the module itself is taken from where Python keeps it.
-module = sys.modules["recurrent_gemma_hf.linear_recurrence"]
+module = sys.modules["recurrent_gemma_hf.scan"]
 
-PORTABLE = ("chunked", "reference")  # the kernels have a file of their own: test_linear_recurrence_triton.py
+PORTABLE = ("chunked", "reference")  # the kernels have a file of their own: test_scan_triton.py
 
 # B, T, D: one step, the shortest scans, primes, squares and their neighbours (chunk borders), and full chunks of 64.
 SHAPES = [
@@ -448,7 +448,7 @@ class TestCompile:
 
 def test_two_copies_of_the_file_live_side_by_side():
     """A checkpoint's remote code brings this file a second time, under another name."""
-    spec = importlib.util.spec_from_file_location("some-checkpoint.linear_recurrence", module.__file__)
+    spec = importlib.util.spec_from_file_location("some-checkpoint.scan", module.__file__)
     copy = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(copy)
     assert copy._NAMESPACE != module._NAMESPACE

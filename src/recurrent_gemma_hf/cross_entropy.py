@@ -23,7 +23,7 @@ IGNORE_INDEX = -100
 # 524 tokens, enough for a matrix product to be bound by arithmetic rather than by reading the weight.
 BLOCK_ELEMENTS = 2**27
 
-# Each copy of this file registers operators under its own module name, as linear_recurrence.py does.
+# Each copy of this file registers operators under its own module name, as scan.py does.
 _NAMESPACE = re.sub(r"\W", "_", __name__, flags=re.ASCII)
 
 

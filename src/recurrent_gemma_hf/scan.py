@@ -6,7 +6,7 @@ behind it:
 
 - `linear_recurrence_reference`: the loop over time, differentiated by autograd. It defines what is right.
 - `linear_recurrence_chunked`: a scan over chunks in plain torch for every device, with a backward of its own.
-- `linear_recurrence_triton`: kernels for GPUs, in linear_recurrence_triton.py, which is imported when they are used.
+- `linear_recurrence_triton`: kernels for GPUs, in scan_triton.py, which is imported when they are used.
 
 Which implementation runs is decided in `resolve_backend` and nowhere else.
 
@@ -456,7 +456,7 @@ def linear_recurrence_triton(
     A segment of time multiplies its coefficients, so 0 <= |a| <= 1, as in the RG-LRU, is where it is exact; beyond, a
     product that leaves float32 is cut off.
     """
-    from .linear_recurrence_triton import scan
+    from .scan_triton import scan
 
     _check_inputs(x_BTD, a_BTD, h0_BD, reset_BT, output_dtype)
     output_dtype = output_dtype or x_BTD.dtype

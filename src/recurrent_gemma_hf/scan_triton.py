@@ -1,4 +1,4 @@
-"""The linear recurrence on a GPU, in Triton: `linear_recurrence` of linear_recurrence.py, forward and backward.
+"""The linear recurrence on a GPU, in Triton: `linear_recurrence` of scan.py, forward and backward.
 
 Time is cut into segments, as many as it takes to fill the GPU (`segments`). With one segment, a program owns a block
 of channels of one row and walks through time tile by tile: each input is read once, each result written once, 6 bytes
@@ -27,7 +27,7 @@ try:
 except ImportError as error:
     raise ImportError('backend "triton" needs the triton package: pip install triton') from error
 
-# As in linear_recurrence.py: each copy of this file registers operators under its own name.
+# As in scan.py: each copy of this file registers operators under its own name.
 __all__ = [
     "OPTIONS", "SIZES", "Tile", "adjoint_scan", "allocate", "compose", "compose_summaries", "finite", "last_row",
     "on_device", "own_row", "pointer", "rows_of_channels", "scan", "scan_backward", "segments", "tl", "triton",

@@ -8,19 +8,19 @@ import sys
 import pytest
 import torch
 
-from recurrent_gemma_hf import linear_recurrence_triton as kernels
-from recurrent_gemma_hf.linear_recurrence import (
+from recurrent_gemma_hf import scan_triton as kernels
+from recurrent_gemma_hf.scan import (
     linear_recurrence,
     linear_recurrence_reference,
     linear_recurrence_triton,
     linear_recurrence_varlen,
     resolve_backend,
 )
-from recurrent_gemma_hf.linear_recurrence_triton import Tile
-from tests.test_linear_recurrence import assert_near, in_float64, make_inputs, make_reset, results
+from recurrent_gemma_hf.scan_triton import Tile
+from tests.test_scan import assert_near, in_float64, make_inputs, make_reset, results
 from tests.triton_interpreter import fast_scan, poisoned  # noqa: F401 (a fixture)
 
-module = sys.modules["recurrent_gemma_hf.linear_recurrence"]
+module = sys.modules["recurrent_gemma_hf.scan"]
 
 
 @pytest.fixture(autouse=True)
@@ -189,7 +189,7 @@ def test_one_graph_for_every_length(small_tiles):
 
 @pytest.mark.parametrize("lengths", [[5, 1, 12], [3, 0, 20, 0, 2]], ids=str)
 def test_sequences_one_behind_the_other(lengths, small_tiles):
-    from tests.test_linear_recurrence_varlen import batch, one_by_one
+    from tests.test_scan_varlen import batch, one_by_one
 
     inputs = batch(lengths)
     expected, pool = one_by_one(*inputs)

@@ -18,7 +18,7 @@ from transformers.trainer_pt_utils import LabelSmoother
 
 from recurrent_gemma_hf import RecurrentGemmaForCausalLM, linear_cross_entropy
 
-MODULE = sys.modules["recurrent_gemma_hf.linear_cross_entropy"]
+MODULE = sys.modules["recurrent_gemma_hf.cross_entropy"]
 IGNORED = -100
 V = tiny_config().vocab_size
 

@@ -10,7 +10,6 @@ one token, where launches dominate, and for many.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -36,7 +35,8 @@ from peers import in_tree as in_tree_code
 from torch import nn
 from torch.nn import functional as F
 
-from recurrent_gemma_hf import RecurrentGemmaConfig
+from recurrent_gemma_hf import RecurrentGemmaConfig, set_backend
+from recurrent_gemma_hf.backend import BACKENDS
 from recurrent_gemma_hf.modeling_recurrent_gemma import RecurrentGemmaRecurrentBlock, Step
 
 COLUMNS = ["what", "direction", "shape", "lru_width", "model", "ms", "share of floor", "times ours"]
@@ -44,27 +44,15 @@ SHAPES = {"cuda": ["1x8192", "8x8192", "1x65536"], "cpu": ["1x1024", "1x4096"]}
 Block = Callable[[torch.Tensor], torch.Tensor]
 
 
-def block_backends() -> tuple[str, ...]:
-    try:
-        return importlib.import_module("recurrent_gemma_hf.recurrent_block").BACKENDS
-    except ModuleNotFoundError:
-        return ("portable",)
-
-
-def select(backend: str) -> None:
-    if block_backends() != ("portable",):
-        importlib.import_module("recurrent_gemma_hf.recurrent_block").set_backend(backend)
-
-
 def ours(backend: str, compiled: bool = False) -> Callable[..., Block]:
     def build(config: RecurrentGemmaConfig, x_BTE: torch.Tensor, inside: bool) -> Block:
-        select(backend)
+        set_backend(backend)
         module = materialized(lambda: RecurrentGemmaRecurrentBlock(config, 0), x_BTE.device, x_BTE.dtype)
         if inside:
             module.linear_x = module.linear_y = module.linear_out = nn.Identity()
-        reset = torch.zeros(1, x_BTE.shape[1], 1, dtype=torch.bool, device=x_BTE.device)
+        reset = torch.zeros(1, x_BTE.shape[1], dtype=torch.bool, device=x_BTE.device)
         step = Step(
-            cos_BTr=None, sin_BTr=None, reset_BT1=reset, is_padding_BT1=None, conv_tap_mask_BTK=None, attention=None
+            cos_BTr=None, sin_BTr=None, reset_BT=reset, is_padding_BT=None, conv_tap_mask_BTK=None, attention=None
         )  # type: ignore[arg-type]
         call = torch.compile(module.forward, dynamic=False) if compiled else module
         return lambda x: call(x, step, None)[0]
@@ -94,7 +82,7 @@ def official_torch(config: RecurrentGemmaConfig, x_BTE: torch.Tensor, inside: bo
     return lambda x: module(x, positions, return_cache=False)[0]
 
 
-PEERS: dict[str, Callable[..., Block]] = {f"ours: {name}": ours(name) for name in block_backends()} | {
+PEERS: dict[str, Callable[..., Block]] = {f"ours: {name}": ours(name) for name in BACKENDS} | {
     "ours: portable, compiled": ours("portable", compiled=True),
     "in-tree": in_tree,
     "official torch": official_torch,
@@ -228,7 +216,7 @@ def measure_peers(
             return {"ms": ms, "floor ms": floor, "share of floor": floor / ms, **limits.row()}
 
         attempt({**row, "model": peer}, measured, add)
-    select("auto")
+    set_backend("auto")
     if what == "block":
         wall = Clock(torch.device("cpu"))
         attempt(

@@ -13,9 +13,8 @@ import torch
 import torch.distributed as dist
 from peers import our_config, recorded, seconds
 
-from recurrent_gemma_hf import RecurrentGemmaForCausalLM
+from recurrent_gemma_hf import RecurrentGemmaForCausalLM, linear_recurrence
 from recurrent_gemma_hf.context_parallel import SequenceShard
-from recurrent_gemma_hf.scan import linear_recurrence
 
 
 def main() -> None:

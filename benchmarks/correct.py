@@ -9,30 +9,29 @@ from __future__ import annotations
 
 import copy
 import sys
+import traceback
 from collections.abc import Callable
 
 import torch
-from block import block_backends, select
 from peers import arguments, needed, our_config, parsed, recorded
 from torch import nn
+from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, CompileConfig
 
-from recurrent_gemma_hf import RecurrentGemmaCache, RecurrentGemmaForCausalLM, demo_checkpoint
-from recurrent_gemma_hf.recurrent_block import (
-    RecurrentBlockParameters,
-    causal_conv1d,
-    recurrent_block,
-    recurrent_block_reference,
-    recurrent_block_step,
-)
-from recurrent_gemma_hf.rg_lru import CausalConv1d
-from recurrent_gemma_hf.scan import (
-    available_backends,
+from recurrent_gemma_hf import (
+    RecurrentGemmaCache,
+    RecurrentGemmaForCausalLM,
+    demo_checkpoint,
     linear_recurrence,
-    resolve_backend,
-    triton_refusal,
+    set_backend,
 )
+from recurrent_gemma_hf.backend import BACKENDS, triton_refusal
+from recurrent_gemma_hf.causal_conv1d import causal_conv1d
+from recurrent_gemma_hf.rg_lru import RgLruParameters, rg_lru, rg_lru_step
+from recurrent_gemma_hf.scan import linear_recurrence_reference
+from tests import reference
 
+Claims = list[tuple[str, Callable[[], tuple[float, float]]]]
 LIMITS = {torch.float32: 1e-4, torch.bfloat16: 4e-2}  # relative, in norm
 
 
@@ -47,119 +46,133 @@ def model_of_test() -> RecurrentGemmaForCausalLM:
     return RecurrentGemmaForCausalLM(config).eval()
 
 
-def scans(device: torch.device) -> list[tuple[str, Callable[[], tuple[float, float]]]]:
-    claims = []
-    for backend in available_backends():
-        for dtype in (torch.float32, torch.bfloat16):
-            for shape in ((1, 1, 7), (2, 257, 100), (3, 1000, 256)):
-                try:
-                    resolve_backend(backend, device, dtype)
-                except ValueError as error:
-                    print(f"scan {backend}: {error}")
-                    continue
-
-                def claim(backend: str = backend, dtype: torch.dtype = dtype, shape: tuple = shape):
-                    x, a = torch.randn(shape).to(dtype), torch.rand(shape).to(dtype)
-                    results = []
-                    for where, kind, name in ((device, dtype, backend), ("cpu", torch.float64, "reference")):
-                        inputs = [t.to(where, kind).detach().clone().requires_grad_() for t in (x, a)]
-                        h, last = linear_recurrence(*inputs, backend=name)
-                        (h.double().square().sum() + last.double().sum()).backward()
-                        results.append([h, last, inputs[0].grad, inputs[1].grad])
-                    return max(off(*pair) for pair in zip(*results, strict=True)), LIMITS[dtype] / 4
-
-                claims.append((f"scan {backend} {dtype} {shape}", claim))
-    return claims
+def compared(device: torch.device, ours: Callable, exact: Callable, tensors: list[torch.Tensor | None]) -> float:
+    """Return the largest deviation of results and gradients of `ours`, on the device, from those of `exact`, in float64
+    on the CPU."""
+    results = []
+    for where, dtype, function in ((device, None, ours), ("cpu", torch.float64, exact)):
+        leaves = [
+            None if t is None else t.to(where, dtype or t.dtype).detach().clone().requires_grad_() for t in tensors
+        ]
+        outs = [out for out in function(*leaves) if out is not None]
+        sum(out.double().square().sum() for out in outs).backward()
+        results.append([*outs, *(leaf.grad for leaf in leaves if leaf is not None)])
+    return max(off(*pair) for pair in zip(*results, strict=True))
 
 
-def convolutions(device: torch.device) -> list[tuple[str, Callable[[], tuple[float, float]]]]:
-    """Check the convolution of the unfused block, and its gradients."""
-    refusal = triton_refusal(device)
-    if refusal is not None:
-        print(f"convolution: triton {refusal}")
-        return []
+def scans(device: torch.device) -> Claims:
+    def claim(backend: str, dtype: torch.dtype, shape: tuple[int, ...]) -> tuple[float, float]:
+        set_backend(backend)
+        x, a, h0 = torch.randn(shape).to(dtype), torch.rand(shape).to(dtype), torch.randn(shape[0], shape[2])
+        return compared(device, linear_recurrence, linear_recurrence_reference, [x, a, h0]), LIMITS[dtype] / 4
+
+    return [
+        (f"scan {b} {d} {s}", lambda b=b, d=d, s=s: claim(b, d, s))
+        for b in backends(device)
+        for d in LIMITS
+        for s in ((1, 2, 7), (2, 257, 100), (3, 1000, 256), (1, 5000, 64))
+    ]
+
+
+def backends(device: torch.device) -> tuple[str, ...]:
+    return BACKENDS if triton_refusal(device) is None else ("portable",)
+
+
+def convolutions(device: torch.device) -> Claims:
+    """Check the convolution with and without a past."""
+
+    def claim(backend: str, dtype: torch.dtype, shape: tuple[int, int, int], past: int) -> tuple[float, float]:
+        set_backend(backend)
+        B, T, D = shape
+        tensors = [t.to(dtype) for t in (torch.randn(B, T + past, D), torch.randn(D, 1, 4), torch.randn(D))]
+        mask = (torch.rand(1, T, 4) < 0.8).to(dtype)
+
+        def ours(*inputs: torch.Tensor) -> tuple[torch.Tensor]:
+            return (causal_conv1d(*inputs, mask.to(device), past=past),)
+
+        def exact(*inputs: torch.Tensor) -> tuple[torch.Tensor]:
+            return (reference.conv(*inputs, mask.double(), past),)
+
+        return compared(device, ours, exact, tensors), LIMITS[dtype] / 4
+
+    return [
+        (f"convolution {b} {d} {s}, {p} before", lambda b=b, d=d, s=s, p=p: claim(b, d, s, p))
+        for b in backends(device)
+        for d in LIMITS
+        for s in ((1, 2, 7), (2, 257, 100), (3, 1000, 256))
+        for p in (0, 3)
+    ]
+
+
+def drawn(B: int, T: int, H: int, d: int, dtype: torch.dtype) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Return x, y, the parameters of the RG-LRU and h0; and where documents begin, and padding."""
+    D = H * d
+    x, y = (torch.randn(B, T, D).to(dtype) for _ in range(2))
+    weights = [tensor for _ in range(2) for tensor in (torch.randn(H, d, d) / d**0.5, torch.randn(H, d))]
+    learned = [tensor.to(dtype) for tensor in (*weights, torch.randn(D))]
+    return [x, y, *learned, torch.randn(B, D)], [torch.rand(B, T) < 0.01, torch.rand(B, T) < 0.05]
+
+
+def rg_lrus(device: torch.device) -> Claims:
+    """Check the RG-LRU with every option at once."""
+
+    def act(y: torch.Tensor) -> torch.Tensor:
+        return F.gelu(y, approximate="tanh")
+
+    def claim(backend: str, dtype: torch.dtype, shape: tuple[int, int, int, int]) -> tuple[float, float]:
+        set_backend(backend)
+        tensors, flags = drawn(*shape, dtype)
+
+        def ours(x: torch.Tensor, y: torch.Tensor, *rest: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+            here = [flag.to(device) for flag in flags]
+            return rg_lru(x, y, RgLruParameters(*rest[:5]), rest[5], *here, act, is_gelu_tanh=True)
+
+        def exact(x: torch.Tensor, y: torch.Tensor, *rest: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return reference.rg_lru(x, y, RgLruParameters(*rest[:5]), rest[5], *flags)
+
+        return compared(device, ours, exact, tensors), LIMITS[dtype]
+
+    return [
+        (f"RG-LRU {b} {d} {s}", lambda b=b, d=d, s=s: claim(b, d, s))
+        for b in backends(device)
+        for d in LIMITS
+        for s in ((1, 2, 1, 16), (2, 257, 4, 80), (1, 3000, 10, 256), (5, 130, 2, 128), (1, 9000, 1, 100))
+    ]
+
+
+def steps(device: torch.device) -> Claims:
+    """Check the kernel of one token: convolution, RG-LRU and both states."""
 
     def claim(dtype: torch.dtype, shape: tuple[int, int, int]) -> tuple[float, float]:
-        inputs = [
-            tensor.to(dtype) for tensor in (torch.randn(shape), torch.randn(shape[2], 1, 4), torch.randn(shape[2]))
-        ]
-        conv_tap_mask = (torch.rand(1, shape[1] - 3, 4) < 0.8).to(dtype)
-        results = []
-        for where, kind, function in ((device, dtype, causal_conv1d), ("cpu", torch.float64, CausalConv1d.apply)):
-            mine = [tensor.to(where, kind).detach().clone().requires_grad_() for tensor in inputs]
-            out = function(*mine, conv_tap_mask.to(where, kind))
-            out.double().square().sum().backward()
-            results.append([out, *(tensor.grad for tensor in mine)])
-        return max(off(*pair) for pair in zip(*results, strict=True)), LIMITS[dtype] / 4
+        B, H, d = shape
+        tensors, flags = drawn(B, 1, H, d, dtype)
+        x, y, *learned, h0 = tensors
+        conv = [torch.randn(H * d, 1, 4).to(dtype), torch.randn(H * d).to(dtype)]
+        past = torch.randn(B, 3, H * d).to(dtype)
+        mask = (torch.rand(B, 1, 4) < 0.9).float()
+        x_exact = reference.conv(torch.cat([past, x], 1).double(), *(t.double() for t in conv), mask.double(), 3)
+        exact = reference.rg_lru(
+            x_exact, y.double(), RgLruParameters(*(t.double() for t in learned)), h0.double(), *flags
+        )
+        conv_state, h = past.to(device).transpose(1, 2), h0.to(device)
+        out = rg_lru_step(
+            x[:, 0].to(device), y[:, 0].to(device), *(t.to(device) for t in conv),
+            RgLruParameters(*(t.to(device) for t in learned)), conv_state, h,
+            reset_B=flags[0][:, 0].to(device), is_padding_B=flags[1][:, 0].to(device),
+            conv_tap_mask_BK=mask[:, 0].to(device),
+        )  # fmt: skip
+        return max(off(out, exact[0][:, 0]), off(h, exact[1])), LIMITS[dtype]
 
-    return [
-        (f"convolution {dtype} {shape}", lambda d=dtype, s=shape: claim(d, s))
-        for dtype in LIMITS
-        for shape in ((1, 4, 7), (2, 260, 100), (3, 1003, 256))
-    ]
-
-
-def blocks(device: torch.device) -> list[tuple[str, Callable[[], tuple[float, float]]]]:
-    """Check the kernels of the inside of the block and their gradients, and of its step, with every option at once."""
     if triton_refusal(device) is not None:
         return []
-
-    def drawn(shape: tuple[int, int, int, int]) -> tuple[list[torch.Tensor], list[torch.Tensor], dict, dict]:
-        B, T, H, d = shape
-        D, K = H * d, 4
-        parameters = [
-            torch.randn(D, 1, K) / 2, torch.randn(D), torch.randn(H, d, d) / d**0.5, torch.randn(H, d),
-            torch.randn(H, d, d) / d**0.5, torch.randn(H, d), torch.randn(D),
-        ]  # fmt: skip
-        states = {"context_BCD": torch.randn(B, K - 1, D), "h0_BD": torch.randn(B, D)}
-        flags = {"reset_BT": torch.rand(B, T) < 0.01, "hold_BT": torch.rand(B, T) < 0.05}
-        flags["reach_BTK"] = (torch.rand(B, T, K) < 0.9).float()
-        return [torch.randn(B, T, D) for _ in range(2)], parameters, states, flags
-
-    def claim(dtype: torch.dtype, shape: tuple[int, int, int, int]) -> tuple[float, float]:
-        inputs, parameters, states, flags = drawn(shape)
-        inputs, parameters = ([tensor.to(dtype) for tensor in group] for group in (inputs, parameters))
-        states = {name: state.to(torch.float32 if name == "h0_BD" else dtype) for name, state in states.items()}
-        results = []
-        for where, exact, function in ((device, False, recurrent_block), ("cpu", True, recurrent_block_reference)):
-
-            def leaf(tensor: torch.Tensor, where: object = where, exact: bool = exact) -> torch.Tensor:
-                return tensor.to(where, torch.float64 if exact else tensor.dtype).detach().clone().requires_grad_()
-
-            u, y = map(leaf, inputs)
-            mine = RecurrentBlockParameters(*map(leaf, parameters))
-            starts = {name: leaf(state) for name, state in states.items()}
-            out, last = function(u, y, mine, **starts, **{name: flag.to(where) for name, flag in flags.items()})
-            (out.double().square().sum() + last.double().square().sum()).backward()
-            results.append([out, last, *(leaf.grad for leaf in (u, y, *mine, *starts.values()))])
-        return max(off(*pair) for pair in zip(*results, strict=True)), LIMITS[dtype]
-
-    def step(dtype: torch.dtype, shape: tuple[int, int, int, int]) -> tuple[float, float]:
-        inputs, parameters, states, flags = drawn((shape[0], 1, *shape[2:]))
-        u, y = (tensor[:, 0].to(device, dtype) for tensor in inputs)
-        theirs = [tensor.to(dtype).double() for tensor in (*inputs, *parameters, states["context_BCD"])]
-        out, last = recurrent_block_reference(
-            *theirs[:2], RecurrentBlockParameters(*theirs[2:-1]), context_BCD=theirs[-1],
-            h0_BD=states["h0_BD"].double(), **flags,
-        )  # fmt: skip
-        conv_state = states["context_BCD"].transpose(1, 2).to(device, dtype).contiguous()
-        h = states["h0_BD"].to(device)
-        mine = recurrent_block_step(
-            u, y, RecurrentBlockParameters(*(p.to(device, dtype) for p in parameters)), conv_state, h,
-            reset_B=flags["reset_BT"][:, 0].to(device), hold_B=flags["hold_BT"][:, 0].to(device),
-            reach_BK=flags["reach_BTK"][:, 0].to(device),
-        )  # fmt: skip
-        return max(off(mine, out[:, 0]), off(h, last)), LIMITS[dtype]
-
     return [
-        (f"{what} {dtype} {shape}", lambda c=check, d=dtype, s=shape: c(d, s))
-        for what, check in (("block", claim), ("step", step))
-        for dtype in LIMITS
-        for shape in ((1, 1, 1, 16), (2, 257, 4, 80), (1, 3000, 10, 256), (5, 130, 2, 128))
+        (f"step {d} {s}", lambda d=d, s=s: claim(d, s))
+        for d in LIMITS
+        for s in ((1, 1, 16), (2, 4, 80), (1, 10, 256), (35, 2, 128))
     ]
 
 
-def models(device: torch.device) -> list[tuple[str, Callable[[], tuple[float, float]]]]:
+def models(device: torch.device) -> Claims:
     exact = model_of_test().double()
     ids = torch.randint(2, 200, (2, 150))
 
@@ -171,24 +184,21 @@ def models(device: torch.device) -> list[tuple[str, Callable[[], tuple[float, fl
     expected = gradients(exact, ids)
 
     def claim(backend: str, dtype: torch.dtype, attention: str) -> tuple[float, float]:
-        select(backend)
-        try:
-            model = model_of_test()
-            model.set_attn_implementation(attention)
-            actual = gradients(model.to(device, dtype), ids.to(device))
-            return max(off(*pair) for pair in zip(actual, expected, strict=True)), LIMITS[dtype] * 3
-        finally:
-            select("auto")
+        set_backend(backend)
+        model = model_of_test()
+        model.set_attn_implementation(attention)
+        actual = gradients(model.to(device, dtype), ids.to(device))
+        return max(off(*pair) for pair in zip(actual, expected, strict=True)), LIMITS[dtype] * 3
 
     return [
-        (f"model and gradients: block {b}, {d}, {a}", lambda b=b, d=d, a=a: claim(b, d, a))
-        for b in block_backends()
+        (f"model and gradients: {b}, {d}, {a}", lambda b=b, d=d, a=a: claim(b, d, a))
+        for b in backends(device)
         for d in LIMITS
         for a in ("eager", "sdpa")
     ]
 
 
-def generation(device: torch.device) -> list[tuple[str, Callable[[], tuple[float, float]]]]:
+def generation(device: torch.device) -> Claims:
     """Compare greedy text of the demo model with the CPU's: on the device, compiled, and far into a text."""
     reference = AutoModelForCausalLM.from_pretrained(demo_checkpoint(), dtype=torch.float32)
     model = copy.deepcopy(reference).to(device)
@@ -226,7 +236,7 @@ def generation(device: torch.device) -> list[tuple[str, Callable[[], tuple[float
     ]
 
 
-def official(device: torch.device) -> list[tuple[str, Callable[[], tuple[float, float]]]]:
+def official(device: torch.device) -> Claims:
     def claim() -> tuple[float, float]:
         needed("recurrentgemma.torch")
         sys.path.insert(0, "tests")
@@ -253,14 +263,17 @@ def main() -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
     failed = 0
     with recorded(f"correct_{args.device.type}", ["claim", "deviation", "limit", "holds"]) as add:
-        for kind in (scans, convolutions, blocks, models, generation, official):
+        for kind in (scans, convolutions, rg_lrus, steps, models, generation, official):
             for claim, check in kind(args.device):
                 row: dict[str, object] = {"claim": claim}
                 try:
                     deviation, limit = check()
                     row |= {"deviation": deviation, "limit": limit, "holds": deviation <= limit}
                 except Exception as error:
+                    traceback.print_exc()
                     row |= {"holds": False, "error": f"{type(error).__name__}: {error}"[:300]}
+                finally:
+                    set_backend("auto")
                 failed += not row["holds"]
                 add(row)
     sys.exit(1 if failed else 0)

@@ -26,7 +26,8 @@ from peers import (
     with_ratios,
 )
 
-from recurrent_gemma_hf.scan import available_backends, linear_recurrence, resolve_backend
+from recurrent_gemma_hf import linear_recurrence, set_backend
+from recurrent_gemma_hf.backend import BACKENDS
 
 COLUMNS = ["what", "shape", "model", "ms", "GB/s", "share of floor", "times ours"]
 MOVED = {"forward": 3, "backward": 5}  # tensors of (B, T, D), each once
@@ -35,11 +36,16 @@ SHAPES = {"cuda": ["1x8192x2560", "8x8192x2560", "1x65536x2560"], "cpu": ["1x102
 
 def our_scan(backend: str) -> Callable[[torch.Tensor, torch.Tensor], Callable]:
     def build(x_BTD: torch.Tensor, a_BTD: torch.Tensor) -> Callable:
-        try:
-            resolve_backend(backend, x_BTD.device, x_BTD.dtype)
-        except ValueError as error:
-            raise Missing(str(error)) from error
-        return lambda x, a: linear_recurrence(x, a, backend=backend)[0]
+        def scan(x_BTD: torch.Tensor, a_BTD: torch.Tensor) -> torch.Tensor:
+            set_backend(backend)
+            try:
+                return linear_recurrence(x_BTD, a_BTD)[0]
+            except ValueError as error:
+                raise Missing(str(error)) from error
+            finally:
+                set_backend("auto")
+
+        return scan
 
     return build
 
@@ -78,7 +84,7 @@ def official_torch(x_BTD: torch.Tensor, a_BTD: torch.Tensor) -> Callable:
     return lambda x, a: rnn_scan(x, a, reset, None)[0]
 
 
-PEERS: dict[str, Callable] = {f"ours: {name}": our_scan(name) for name in available_backends()} | {
+PEERS: dict[str, Callable] = {f"ours: {name}": our_scan(name) for name in BACKENDS} | {
     "accelerated-scan": accelerated_scan,
     "fla hgrn": hgrn,
     "mamba-ssm": selective_scan,

@@ -22,26 +22,21 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
-from recurrent_gemma_hf import recurrent_block_triton, scan_triton
+from recurrent_gemma_hf import causal_conv1d_triton, rg_lru_step_triton, rg_lru_triton, scan_triton, triton_tools
 
 TARGETS = {
     "sm_90": GPUTarget("cuda", 90, 32),
     "sm_80": GPUTarget("cuda", 80, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-# Spilled bytes per thread (stores and loads) that are known and written down in benchmarks/LOG.md; others: 16.
-TOLERATED = {
-    "summary bf16": 24,
-    "block bf16": 450,
-    "block bf16, summary": 1700,
-    "block backward bf16": 950,
-    "block backward bf16, summary": 1900,
-    "block fp32, summary": 200,
-    "block backward fp32": 100,
-    "block backward fp32, summary": 400,
-    "decode fp32": 240,
+TOLERATED = 16  # spilled bytes per thread, stores and loads
+POINTERS = {
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float32: "*fp32",
+    torch.uint8: "*u8",
+    torch.int32: "*i32",
 }
-POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.uint8: "*u8"}
 
 
 def signature_of(kernel, constants: dict, dtypes: dict) -> dict[str, str]:
@@ -85,58 +80,35 @@ def registers(compiled, capability: str) -> dict[str, int]:
     return {"registers": used, "spilled": sum(spilled)}
 
 
-def scan_cases():
-    module, bf16, fp32, u8 = scan_triton, torch.bfloat16, torch.float32, torch.uint8
-    summaries = {"decay_ptr": fp32, "end_ptr": fp32, "reset_ptr": u8, "last_ptr": fp32, "dh_last_ptr": fp32}
-    for name, x_dtype in (("bf16", bf16), ("fp32", fp32)):
-        dtypes = {"x_ptr": x_dtype, **summaries, "h0_ptr": fp32, "dh0_ptr": fp32}
-        for has_reset in (False, True):
-            label = f"{name}{', resets' if has_reset else ''}"
-            flags = {"REVERSE": has_reset, "HAS_RESET": has_reset}
-            yield f"summary {label}", module.summary_kernel, dtypes, flags, module.SUMMARY_TILE
-            yield f"scan {label}", module.scan_kernel, dtypes, {**flags, "HAS_H0": True}, module.FORWARD_TILE
-            flags = {"HAS_RESET": has_reset, "HAS_H0": True}
-            yield f"scan backward {label}", module.scan_backward_kernel, dtypes, flags, module.BACKWARD_TILE
-
-
-def block_cases():
-    """The published shape: heads 256 wide, four taps, everything that can be there; bfloat16 and float32."""
-    module, fp32, u8 = recurrent_block_triton, torch.float32, torch.uint8
-    names = "h0 softplus decay end last carries dlast dh0 sums h".split()
-    for label, dtype in (("bf16", torch.bfloat16), ("fp32", fp32)):
-        dtypes = {"u_ptr": dtype, "reset_ptr": u8, "is_padding_ptr": u8, **{f"{name}_ptr": fp32 for name in names}}
-        index = int(dtype == fp32)
-        common = {"HAS_CONTEXT": False, "HAS_RESET": True, "HAS_PADDING": False, "HAS_CONV_TAP_MASK": True, "K": 4}
-        gates = {**common, "HEAD": 256, "CHUNK": module.CHUNK, "UPCAST": False}
-        forward, backward = module.FORWARD_TILES[index], module.BACKWARD_TILES[index]
-        for summary in (True, False):
-            suffix = f" {label}{', summary' if summary else ''}"
-            constants = {**gates, "SUMMARY": summary, "TIME": forward.time, "CHANNELS": forward.channels}
-            yield f"block{suffix}", module.block_kernel, dtypes, {**constants, "HAS_H0": True}, forward.warps
-            constants = {**gates, "SUMMARY": summary, "TIME": backward.time, "CHANNELS": backward.channels}
-            yield f"block backward{suffix}", module.block_backward_kernel, dtypes, constants, backward.warps
-        tile = module.CONV_TILE
-        constants = {
-            "HAS_CONTEXT": True,
-            "HAS_CONV_TAP_MASK": True,
-            "K": 4,
-            "TIME": tile.time,
-            "CHANNELS": tile.channels,
-        }
-        yield f"conv {label}", module.conv_kernel, dtypes, constants, tile.warps
-        yield f"conv backward {label}", module.conv_backward_kernel, dtypes, {**constants, "SUMS": 8}, tile.warps
-        tile = module.DECODE_TILES[index]
-        constants = {name: value for name, value in gates.items() if name not in ("HAS_CONTEXT", "CHUNK")}
-        constants |= {"HAS_PADDING": True, "ROWS": tile.time, "CHANNELS": tile.channels}
-        yield f"decode {label}", module.decode_kernel, dtypes, constants, tile.warps
+FLOAT32 = (
+    "decay end last dlast h0 dh0 carries sums log_a".split()  # whatever the dtype of the activations
+)
 
 
 def cases():
-    """name, kernel, dtypes of its pointers, constants, warps."""
-    for name, kernel, dtypes, flags, tile in scan_cases():
-        constants = {**flags, "TIME": tile.time, "CHANNELS": tile.channels, "STAGES": tile.stages}
-        yield name, kernel, dtypes, constants, tile.warps
-    yield from block_cases()
+    """name, kernel, dtypes of its pointers, constants, warps: with everything that can be there, at the published
+    shape (heads 256 wide, four taps); bfloat16 and float32."""
+    walk = {"CHANNELS": triton_tools.CHANNELS, "ROWS": triton_tools.UNROLLED}
+    steps = {"CHANNELS": triton_tools.CHANNELS, "STEPS": causal_conv1d_triton.STEPS, "K": 4, "PAST": 3}
+    for label, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        masks = {"reset_ptr": torch.uint8, "is_padding_ptr": torch.uint8}
+        dtypes = {"x_ptr": dtype, **masks, **{f"{name}_ptr": torch.float32 for name in FLOAT32}}
+        for summary in (True, False):
+            suffix, constants = f" {label}{', summary' if summary else ''}", {**walk, "SUMMARY": summary}
+            yield f"scan{suffix}", scan_triton.scan_kernel, dtypes, constants, 1
+            yield f"scan backward{suffix}", scan_triton.scan_backward_kernel, dtypes, constants, 1
+            yield f"rg_lru{suffix}", rg_lru_triton.rg_lru_kernel, dtypes, constants, 1
+            constants = {**constants, "MIN_4X": 1e-6}
+            yield f"rg_lru backward{suffix}", rg_lru_triton.rg_lru_backward_kernel, dtypes, constants, 1
+        yield f"conv {label}", causal_conv1d_triton.conv_kernel, dtypes, steps, 4
+        yield f"conv backward {label}", causal_conv1d_triton.conv_backward_kernel, dtypes, {**steps, "SUMS": 8}, 4
+        module, dtypes = rg_lru_step_triton, {**dtypes, "h_ptr": torch.float32, "index_ptr": torch.int32}
+        constants = {"K": 4, "ROWS": module.ROWS, "CHANNELS": module.CONVOLVED}
+        yield f"conv step {label}", module.conv_step_kernel, dtypes, constants, module.WARPS
+        if dtype == torch.bfloat16:  # float32 takes other kernels
+            constants = {"C": 8.0, "UPCAST": False, "HEAD": 256, "CHUNK": module.CHUNK}
+            constants |= {"ROWS": module.ROWS, "OUTPUTS": module.OUTPUTS}
+            yield f"rg_lru step {label}", module.rg_lru_step_kernel, dtypes, constants, module.WARPS
 
 
 def main() -> None:
@@ -150,7 +122,7 @@ def main() -> None:
         for target in options.targets.split(","):
             compiled = compile_kernel(kernel, TARGETS[target], constants, dtypes, warps)
             facts = {"kernel": name, "function": kernel.fn.__name__, "target": target, "warps": warps}
-            facts |= {"shared": compiled.metadata.shared, "tolerated": TOLERATED.get(name, 16)}
+            facts |= {"shared": compiled.metadata.shared, "tolerated": TOLERATED}
             if TARGETS[target].backend == "cuda":
                 facts |= registers(compiled, target.replace("90", "90a"))
             print(json.dumps(facts), flush=True)

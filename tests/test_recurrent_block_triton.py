@@ -7,13 +7,6 @@ import sys
 
 import pytest
 import torch
-from small_models import build, tiny_config
-
-from recurrent_gemma_hf import RecurrentGemmaCache, RecurrentGemmaForCausalLM, set_backend
-from recurrent_gemma_hf import modeling_recurrent_gemma as modeling
-from recurrent_gemma_hf import recurrent_block as module
-from recurrent_gemma_hf import recurrent_block_triton as kernels
-from recurrent_gemma_hf import scan_triton as scan_kernels
 from recurrent_gemma_hf.recurrent_block import (
     RecurrentBlockParameters,
     causal_conv1d,
@@ -22,6 +15,13 @@ from recurrent_gemma_hf.recurrent_block import (
     recurrent_block_step,
     resolve_block_backend,
 )
+from small_models import build, tiny_config
+
+from recurrent_gemma_hf import RecurrentGemmaCache, RecurrentGemmaForCausalLM, set_backend
+from recurrent_gemma_hf import modeling_recurrent_gemma as modeling
+from recurrent_gemma_hf import recurrent_block as module
+from recurrent_gemma_hf import recurrent_block_triton as kernels
+from recurrent_gemma_hf import scan_triton as scan_kernels
 from recurrent_gemma_hf.scan_triton import Tile
 from tests.triton_interpreter import fast_scan, poisoned  # noqa: F401 (a fixture)
 

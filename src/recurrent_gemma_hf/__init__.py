@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from . import peft_defaults
+from .backend import set_backend
 from .cache_recurrent_gemma import RecurrentGemmaCache
 from .configuration_recurrent_gemma import PRESETS, RecurrentGemmaConfig
 from .cross_entropy import linear_cross_entropy
@@ -27,7 +28,6 @@ from .modeling_recurrent_gemma import (
     RecurrentGemmaModel,
     RecurrentGemmaPreTrainedModel,
 )
-from .recurrent_block import set_backend
 from .scan import linear_recurrence
 from .training import GriffinTrainerMixin, decayed_parameter_names, parameter_groups
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .scan import is_transformed
+from .backend import is_transformed
 
 ONEDNN: Any = torch.backends.mkldnn  # Any: its attributes are properties, made at run time
 HAS_ONEDNN = ONEDNN.is_available()

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn import functional as F
 
+from .backend import is_transformed
 from .cache_recurrent_gemma import RecurrentGemmaCache
-from .scan import is_transformed
 
 
 class InputMask(NamedTuple):

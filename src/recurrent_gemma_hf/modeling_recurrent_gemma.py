@@ -32,7 +32,9 @@ from .attention import (
     rotate,
     with_backend_mask,
 )
+from .backend import use_triton
 from .cache_recurrent_gemma import RecurrentGemmaCache
+from .causal_conv1d import causal_conv1d
 from .configuration_recurrent_gemma import RecurrentGemmaConfig
 from .cpu_linear import fast_linear, is_cpu_without_bfloat16, linear
 from .cross_entropy import IGNORE_INDEX, check_labels, chunked_cross_entropy, linear_cross_entropy
@@ -49,15 +51,8 @@ from .inputs import (
     reorder_attention,
     shows_any,
 )
-from .recurrent_block import (
-    RecurrentBlockParameters,
-    causal_conv1d,
-    recurrent_block,
-    recurrent_block_step,
-    resolve_block_backend,
-)
-from .rg_lru import CausalConv1d, RgLruCoefficients, differentiable
-from .scan import linear_recurrence, resolve_backend
+from .rg_lru import RgLruParameters, rg_lru, rg_lru_step
+from .scan import linear_recurrence
 from .tensor_parallel import check_tensor_parallel
 from .transformers_compat import (
     ACT2FN,
@@ -80,9 +75,9 @@ class Step(NamedTuple):
 
     cos_BTr: torch.Tensor  # (B or 1, T, rotary_dim / 2), dtype of the activations
     sin_BTr: torch.Tensor
-    reset_BT1: torch.Tensor  # (B or 1, T, 1) bool: a document begins
+    reset_BT: torch.Tensor  # (B or 1, T) bool: a document begins
     # bool, True at padding: states are carried over unchanged; None if no padding can affect a state that is kept
-    is_padding_BT1: torch.Tensor | None
+    is_padding_BT: torch.Tensor | None
     conv_tap_mask_BTK: torch.Tensor | None  # (B or 1, T, K) 0 or 1: conv taps that stay in the document; None: all do
     attention: AttentionMask | None  # None in a model without attention
     shard: Any = None  # a SequenceShard (context_parallel.py) where the sequence lies on several ranks
@@ -206,75 +201,64 @@ class RecurrentGemmaRglru(nn.Module):
 
     def __init__(self, config: RecurrentGemmaConfig) -> None:
         super().__init__()
-        self.num_heads = config.num_attention_heads
-        block = config.lru_width // self.num_heads
+        block = config.lru_width // config.num_attention_heads
         self.recurrent_param = nn.Parameter(torch.empty(config.lru_width))
-        self.input_gate_weight = nn.Parameter(torch.empty(self.num_heads, block, block))
-        self.input_gate_bias = nn.Parameter(torch.empty(self.num_heads, block))
-        self.recurrent_gate_weight = nn.Parameter(torch.empty(self.num_heads, block, block))
-        self.recurrent_gate_bias = nn.Parameter(torch.empty(self.num_heads, block))
-
-    def _gate(self, x_BTD: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        # As many heads as the weight has: under tensor parallelism they are this rank's.
-        blocks = x_BTD.reshape(-1, *weight.shape[:2]).transpose(0, 1)
-        out_HNd = torch.baddbmm(bias[:, None].to(x_BTD.dtype), blocks, weight.to(x_BTD.dtype))
-        return out_HNd.transpose(0, 1).reshape(x_BTD.shape)
+        self.input_gate_weight = nn.Parameter(torch.empty(config.num_attention_heads, block, block))
+        self.input_gate_bias = nn.Parameter(torch.empty(config.num_attention_heads, block))
+        self.recurrent_gate_weight = nn.Parameter(torch.empty(config.num_attention_heads, block, block))
+        self.recurrent_gate_bias = nn.Parameter(torch.empty(config.num_attention_heads, block))
+        self.act_fn = ACT2FN[config.hidden_activation]
+        self.is_gelu_tanh = config.hidden_activation == "gelu_pytorch_tanh"
 
     def forward(
         self,
         x_BTD: torch.Tensor,
+        y_BTD: torch.Tensor,
         step: Step,
         h0_BD: torch.Tensor | None,
-        kernel: Callable[[RecurrentBlockParameters], Any] | None = None,
-        conv: tuple[torch.Tensor, torch.Tensor] | None = None,
-    ) -> Any:
-        """The states (B, T, D) and the last one (B, D), both in float32 (float64 for float64).
+        return_states: bool = False,
+        conv: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """act(y) * RG-LRU(x), the last state and, where wanted, all states: see `rg_lru`.
 
-        With a `kernel`: what it makes of these parameters and those of the convolution.
+        With `conv`, weight, bias and state of the convolution, x is its input: one token by kernels that update both
+        states in place.
         """
-        if kernel is not None:
-            return kernel(
-                RecurrentBlockParameters(
-                    conv[0],
-                    conv[1],
-                    self.recurrent_gate_weight,
-                    self.recurrent_gate_bias,
-                    self.input_gate_weight,
-                    self.input_gate_bias,
-                    self.recurrent_param,
-                )
-            )
-        r_pre = self._gate(x_BTD, self.recurrent_gate_weight, self.recurrent_gate_bias)
-        i_pre = self._gate(x_BTD, self.input_gate_weight, self.input_gate_bias)
-        dtype = torch.promote_types(x_BTD.dtype, torch.float32)
-        softplus_D = F.softplus(self.recurrent_param.to(dtype))
-        coefficients = differentiable(RgLruCoefficients)
-        a, gated = coefficients(r_pre, i_pre, x_BTD, softplus_D, step.reset_BT1, step.is_padding_BT1)
-        if step.shard is not None:
-            return step.shard.linear_recurrence(gated, a)
-        return linear_recurrence(gated, a, h0_BD)
+        parameters = RgLruParameters(
+            self.recurrent_gate_weight,
+            self.recurrent_gate_bias,
+            self.input_gate_weight,
+            self.input_gate_bias,
+            self.recurrent_param,
+        )
+        if conv is not None:
+            weight, bias, conv_state = conv
+            flags = (step.reset_BT, step.is_padding_BT, step.conv_tap_mask_BTK)
+            reset, is_padding, conv_tap_mask = (None if flag is None else flag[:, 0] for flag in flags)
+            out = rg_lru_step(
+                x_BTD[:, 0], y_BTD[:, 0], weight, bias, parameters, conv_state, h0_BD,
+                reset_B=reset, is_padding_B=is_padding, conv_tap_mask_BK=conv_tap_mask,
+            )  # fmt: skip
+            return out[:, None], h0_BD, None
+        return rg_lru(
+            x_BTD, y_BTD, parameters, h0_BD, step.reset_BT, step.is_padding_BT, self.act_fn,
+            is_gelu_tanh=self.is_gelu_tanh,
+            scan=linear_recurrence if step.shard is None else step.shard.linear_recurrence,
+            return_states=return_states,
+        )  # fmt: skip
 
 
 class RecurrentGemmaConv1d(nn.Conv1d):
-    """The convolution's parameters under their published names. A module that is called, and not only read, because
-    accelerate's offloading and ZeRO-3 fetch parameters when the module that owns them is called."""
+    """The convolution in front of the RG-LRU. Called without an input it returns its parameters: accelerate's
+    offloading and ZeRO-3 fetch them when the module that owns them is called."""
 
     def forward(
-        self,
-        input: torch.Tensor,
-        conv_tap_mask: torch.Tensor | None = None,
-        inside: Callable[[torch.Tensor, torch.Tensor], Any] | None = None,
+        self, input: torch.Tensor | None = None, past: int = 0, conv_tap_mask: torch.Tensor | None = None
     ) -> Any:
-        """The convolution of (B, K - 1 + T, D), or what `inside` makes of the parameters, called meanwhile."""
-        if inside is not None:
-            return inside(self.weight, self.bias)
-        # By a kernel wherever the scan is one, except for a single step of decoding, which is less than its launch.
-        if input.shape[1] != self.weight.shape[2]:
-            scan_dtype = torch.promote_types(input.dtype, torch.float32)
-            if resolve_backend("auto", input.device, scan_dtype) == "triton":
-                return causal_conv1d(input, self.weight, self.bias, conv_tap_mask)
-        weight, bias = self.weight.to(input.dtype), self.bias.to(input.dtype)
-        return differentiable(CausalConv1d)(input, weight, bias, conv_tap_mask)
+        """See `causal_conv1d`."""
+        if input is None:
+            return self.weight.view_as(self.weight), self.bias.view_as(self.bias)
+        return causal_conv1d(input, self.weight, self.bias, conv_tap_mask, past=past)
 
 
 class RecurrentGemmaRecurrentBlock(nn.Module):
@@ -283,7 +267,6 @@ class RecurrentGemmaRecurrentBlock(nn.Module):
     def __init__(self, config: RecurrentGemmaConfig, layer_idx: int) -> None:
         super().__init__()
         self.layer_idx = layer_idx
-        self.conv1d_width = config.conv1d_width
         E, D = config.hidden_size, config.lru_width
         self.linear_y = _new_linear(E, D, bias=True)
         self.linear_x = _new_linear(E, D, bias=True)
@@ -291,35 +274,42 @@ class RecurrentGemmaRecurrentBlock(nn.Module):
         self.conv_1d = RecurrentGemmaConv1d(D, D, kernel_size=config.conv1d_width, groups=D)
         self.conv_1d.init_std = math.sqrt(config.w_init_variance_scale / config.conv1d_width)  # type: ignore[assignment]
         self.rg_lru = RecurrentGemmaRglru(config)
-        self.activation = config.hidden_activation
-        self.head_width = D // config.num_attention_heads
-        self.act_fn = ACT2FN[config.hidden_activation]
 
     def forward(self, x_BTE: torch.Tensor, step: Step, cache: Cache | None, **kwargs: Any) -> tuple[torch.Tensor, None]:
         u, y = linear(self.linear_x, x_BTE), linear(self.linear_y, x_BTE)
         layer = None if cache is None else cache.layers[self.layer_idx]
-        records = layer is not None and layer.record_past
-        backend = resolve_block_backend(u.device, u.dtype, self.head_width, self.activation)
-        # A kernel keeps to itself the states that a recording cache wants, and the one that the next rank needs.
-        if backend == "triton" and not records and step.shard is None:
-            out = self._by_kernel(u, y, step, cache, layer)
+        if layer is not None and self._can_step(u, layer):
+            conv = (*self.conv_1d(), layer.conv_states[0])
+            out, _, _ = self.rg_lru(u, y, step, layer.recurrent_states[0], conv=conv)
+            layer.has_previous_state[0] = True
         else:
-            full, h0 = self._conv_input(u, step, cache, layer), self._initial_state(layer)
-            states, last = self.rg_lru(self.conv_1d(full, step.conv_tap_mask_BTK), step, h0)
+            u, past = self._behind_past(u, step, cache)
+            x = self.conv_1d(u, past, step.conv_tap_mask_BTK)
+            records = layer is not None and layer.record_past
+            out, last, states = self.rg_lru(x, y, step, self._initial_state(layer), return_states=records)
             if layer is not None:
-                cache.update_recurrent_state(last, self.layer_idx, history=states if records else None)
-            out = (states * self.act_fn(y)).to(x_BTE.dtype)
+                cache.update_recurrent_state(last, self.layer_idx, history=states)
         return linear(self.linear_out, out), None
 
-    def _conv_input(self, u: torch.Tensor, step: Step, cache: Cache | None, layer: Any) -> torch.Tensor:
-        """(B, K - 1 + T, D): u behind what came before it; the cache keeps what comes before the next."""
-        context = self.conv1d_width - 1
+    def _can_step(self, u: torch.Tensor, layer: Any) -> bool:
+        """Whether kernels of one token do all that lies between the linear layers, and update the cache in place."""
+        is_step = u.shape[1] == 1 and layer.is_recurrent_states_initialized[0] and not layer.record_past
+        is_step = is_step and not torch.is_grad_enabled() and self.conv_1d.kernel_size[0] > 1
+        # In float32 the gates' matmul would run without tensor cores, and spill its registers.
+        is_step = is_step and u.dtype in (torch.bfloat16, torch.float16)
+        return is_step and self.rg_lru.is_gelu_tanh and use_triton(u.device, u.dtype)
+
+    def _behind_past(self, u: torch.Tensor, step: Step, cache: Cache | None) -> tuple[torch.Tensor, int]:
+        """(B, T or K - 1 + T, D): u behind what came before it, and how many; the cache keeps what comes before the
+        next."""
+        context = self.conv_1d.kernel_size[0] - 1
         if step.shard is not None and context:
             (full,) = step.shard.with_left(u, size=context, dim=1)
-            return F.pad(full, (0, 0, context + u.shape[1] - full.shape[1], 0))
-        if layer is None:
-            return F.pad(u, (0, 0, context, 0))
-        return cache.update_conv_state(u.transpose(1, 2), self.layer_idx).transpose(1, 2).to(u.dtype)
+        elif cache is not None:
+            full = cache.update_conv_state(u.transpose(1, 2), self.layer_idx).transpose(1, 2).to(u.dtype)
+        else:
+            full = u
+        return full, full.shape[1] - u.shape[1]
 
     def _initial_state(self, layer: Any) -> torch.Tensor | None:
         if layer is None or not layer.is_recurrent_states_initialized[0]:
@@ -327,48 +317,6 @@ class RecurrentGemmaRecurrentBlock(nn.Module):
         h0 = layer.recurrent_states[0]
         # The backward pass reads it, after the cache has overwritten its own.
         return h0.clone() if torch.is_grad_enabled() else h0
-
-    def _by_kernel(self, u: torch.Tensor, y: torch.Tensor, step: Step, cache: Cache | None, layer: Any) -> torch.Tensor:
-        """All of it in one kernel. It runs inside the calls of the modules that own its parameters (see
-        `RecurrentGemmaConv1d`), and reads them there, so that offloading, adapters and parametrizations keep working.
-        """
-        reset, is_padding = (None if flag is None else flag[..., 0] for flag in (step.reset_BT1, step.is_padding_BT1))
-        ready = layer is not None and layer.is_recurrent_states_initialized[0]
-        if ready and u.shape[1] == 1 and self.conv1d_width > 1 and not torch.is_grad_enabled():
-            states = layer.conv_states[0], layer.recurrent_states[0]
-            layer.has_previous_state[0] = True
-            reset, is_padding, conv_tap_mask = (
-                None if flag is None else flag[:, 0] for flag in (reset, is_padding, step.conv_tap_mask_BTK)
-            )
-
-            def run(parameters: RecurrentBlockParameters) -> torch.Tensor:
-                out = recurrent_block_step(
-                    u[:, 0],
-                    y[:, 0],
-                    parameters,
-                    *states,
-                    reset_B=reset,
-                    is_padding_B=is_padding,
-                    conv_tap_mask_BK=conv_tap_mask,
-                )
-                return out[:, None]
-
-        else:
-            context, h0 = None, self._initial_state(layer)
-            if layer is not None:
-                full, C = self._conv_input(u, step, cache, layer), self.conv1d_width - 1
-                context, u = full[:, :C], full[:, C:]
-
-            def run(parameters: RecurrentBlockParameters) -> torch.Tensor:
-                out, last = recurrent_block(
-                    u, y, parameters, context_BCD=context if self.conv1d_width > 1 else None, h0_BD=h0,
-                    reset_BT=reset, is_padding_BT=is_padding, conv_tap_mask_BTK=step.conv_tap_mask_BTK,
-                )  # fmt: skip
-                if layer is not None:
-                    cache.update_recurrent_state(last, self.layer_idx)
-                return out
-
-        return self.conv_1d(u, inside=lambda *conv: self.rg_lru(u, step, None, kernel=run, conv=conv))
 
 
 class RecurrentGemmaDecoderLayer(GradientCheckpointingLayer):
@@ -704,9 +652,9 @@ class RecurrentGemmaModel(RecurrentGemmaPreTrainedModel):
         if position_ids is not None:  # else there is one document
             back = torch.arange(self.config.conv1d_width - 1, -1, -1, device=x.device)
             conv_tap_mask = (position[..., None] >= back).to(x.dtype)
-        is_padding = None if is_token is None else ~is_token[..., None]
+        is_padding = None if is_token is None else ~is_token
         cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-        return Step(cos, sin, (position == 0)[..., None], is_padding, conv_tap_mask, attention)
+        return Step(cos, sin, position == 0, is_padding, conv_tap_mask, attention)
 
     def _attention_mask(
         self,

@@ -1,18 +1,108 @@
-"""The RG-LRU's coefficients (Griffin, arXiv 2402.19427, equations 1 to 4) and the causal convolution, in plain torch
-with backward passes that recompute.
+"""The Real-Gated Linear Recurrent Unit (Griffin, arXiv 2402.19427, section 2.4) and the gelu gate behind it.
 
-Shapes: B batch, T tokens, D lru_width, K conv1d_width.
+Shapes: B batch, T tokens, D lru_width, H heads of the gates, d = D / H, N = B T, K conv1d_width, S rows of a pool of
+states.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
+from torch.nn import functional as F
 
-from .recurrent_block import MIN_4X_IN_SQRT_GRADIENT, RG_LRU_C, bounded_sqrt
-from .scan import is_transformed
+from .backend import is_transformed, plain_gradients, use_triton
+from .scan import linear_recurrence
+
+RG_LRU_C = 8.0  # c of equation 3: log a = -c r softplus(Lambda)
+MIN_4X_IN_SQRT_GRADIENT = 1e-6  # the official code divides the gradient of sqrt(x) by sqrt(max(4 x, this))
+_NAMESPACE = re.sub(r"\W", "_", __name__, flags=re.ASCII)  # of operators, as in scan.py
+
+
+class RgLruParameters(NamedTuple):
+    """What the RG-LRU learns. The gates are block-diagonal: one (in, out) block per head."""
+
+    recurrent_gate_weight_Hdd: Tensor
+    recurrent_gate_bias_Hd: Tensor
+    input_gate_weight_Hdd: Tensor
+    input_gate_bias_Hd: Tensor
+    recurrent_param_D: Tensor  # Lambda, before its softplus
+
+
+def rg_lru(
+    x_BTD: Tensor,
+    y_BTD: Tensor,
+    parameters: RgLruParameters,
+    h0_BD: Tensor | None,
+    reset_BT: Tensor,
+    is_padding_BT: Tensor | None,
+    act: Callable[[Tensor], Tensor],
+    *,
+    is_gelu_tanh: bool,
+    scan: Callable[..., tuple[Tensor, Tensor]] = linear_recurrence,
+    return_states: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Compute act(y) * RG-LRU(x).
+
+    Gates, coefficients and states are float32 (float64 for float64); matmuls have the dtype of x.
+
+    Args:
+        x_BTD: outputs of the convolution.
+        y_BTD: the gating branch before its activation.
+        parameters: see there.
+        h0_BD: the state before the first token; None means zeros.
+        reset_BT: (B or 1, T) bool; where True a document begins: a = 0, and x enters undamped.
+        is_padding_BT: (B or 1, T) bool; where True the state passes unchanged, whatever x is; before reset. None: none.
+        act: the activation of y.
+        is_gelu_tanh: it is gelu with tanh, which the kernel has built in.
+        scan: what runs along time, as `linear_recurrence`; another one for a sequence over several ranks.
+        return_states: also return all states.
+
+    Returns:
+        out_BTD in the dtype of x, the last state (B, D), and the states (B, T, D) or None.
+    """
+    is_plain_scan = scan is linear_recurrence and not return_states and is_gelu_tanh
+    if is_plain_scan and use_triton(x_BTD.device, x_BTD.dtype):
+        keep = torch.is_grad_enabled()
+        out_BTD, last_BD, *_ = _rg_lru(x_BTD, y_BTD, *parameters, h0_BD, reset_BT, is_padding_BT, keep)
+        return out_BTD, last_BD, None
+    r_weight, r_bias, i_weight, i_bias, recurrent_param_D = parameters
+    r_pre, i_pre = gate(x_BTD, r_weight, r_bias), gate(x_BTD, i_weight, i_bias)
+    softplus_D = F.softplus(recurrent_param_D.to(torch.promote_types(x_BTD.dtype, torch.float32)))
+    is_padding = None if is_padding_BT is None else is_padding_BT[..., None]
+    a_BTD, gated_BTD = coefficients(r_pre, i_pre, x_BTD, softplus_D, reset_BT[..., None], is_padding)
+    h_BTD, last_BD = scan(gated_BTD, a_BTD) if h0_BD is None else scan(gated_BTD, a_BTD, h0_BD)
+    return (h_BTD * act(y_BTD)).to(x_BTD.dtype), last_BD, h_BTD if return_states else None
+
+
+def gate(x_BTD: Tensor, weight_Hdd: Tensor, bias_Hd: Tensor) -> Tensor:
+    """Compute a block-diagonal linear layer, one block per head, before its sigmoid."""
+    blocks_HNd = x_BTD.reshape(-1, *weight_Hdd.shape[:2]).transpose(0, 1)
+    out_HNd = torch.baddbmm(bias_Hd[:, None].to(x_BTD.dtype), blocks_HNd, weight_Hdd.to(x_BTD.dtype))
+    return out_HNd.transpose(0, 1).reshape(x_BTD.shape)
+
+
+def coefficients(*inputs: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Compute a and x' of the recurrence: see `RgLruCoefficients`."""
+    if is_transformed():
+        return RgLruCoefficients.plain(*inputs)
+    # Without gradients the computation alone: decoding feels the difference.
+    return (RgLruCoefficients.apply if torch.is_grad_enabled() else RgLruCoefficients.compute)(*inputs)
+
+
+def bounded_sqrt(x: Tensor) -> Tensor:
+    """Compute sqrt(x), whose derivative is 1 / sqrt(max(4 x, m)) with m = `MIN_4X_IN_SQRT_GRADIENT`, as officially.
+
+    Written so that autograd finds that derivative, and those of any order and in any mode, by itself: below m / 4 the
+    value is the root's and the slope that of a line.
+    """
+    slope = MIN_4X_IN_SQRT_GRADIENT**-0.5
+    line = slope * x + (x.sqrt() - slope * x).detach()
+    smallest = MIN_4X_IN_SQRT_GRADIENT / 4
+    return torch.where(x > smallest, x.clamp(min=smallest).sqrt(), line)
 
 
 class RgLruCoefficients(torch.autograd.Function):
@@ -24,7 +114,7 @@ class RgLruCoefficients(torch.autograd.Function):
     """
 
     @staticmethod
-    def _parts(r_pre: torch.Tensor, i_pre: torch.Tensor, softplus_D: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def _parts(r_pre: Tensor, i_pre: Tensor, softplus_D: Tensor) -> tuple[Tensor, ...]:
         dtype = softplus_D.dtype
         r, i = torch.sigmoid(r_pre.to(dtype)), torch.sigmoid(i_pre.to(dtype))
         log_a = r * (-RG_LRU_C * softplus_D)
@@ -33,13 +123,13 @@ class RgLruCoefficients(torch.autograd.Function):
 
     @staticmethod
     def compute(
-        r_pre: torch.Tensor,
-        i_pre: torch.Tensor,
-        x: torch.Tensor,
-        softplus_D: torch.Tensor,
-        reset: torch.Tensor,
-        is_padding: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        r_pre: Tensor,
+        i_pre: Tensor,
+        x: Tensor,
+        softplus_D: Tensor,
+        reset: Tensor,
+        is_padding: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
         """Compute a and x' without gradients, in place where it can."""
         _, i, log_a, one_minus_a2 = RgLruCoefficients._parts(r_pre, i_pre, softplus_D)
         a, multiplier = log_a.exp_(), one_minus_a2.sqrt_()
@@ -51,7 +141,7 @@ class RgLruCoefficients(torch.autograd.Function):
         return a, gated
 
     @staticmethod
-    def plain(*inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def plain(*inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Compute the same for autograd and every transform of torch."""
         r_pre, i_pre, x, softplus_D, reset, is_padding = inputs
         _, i, log_a, one_minus_a2 = RgLruCoefficients._parts(r_pre, i_pre, softplus_D)
@@ -61,17 +151,17 @@ class RgLruCoefficients(torch.autograd.Function):
         )
 
     @staticmethod
-    def forward(ctx: Any, *inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(ctx: Any, *inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Compute them and keep the inputs for `backward`."""
         ctx.save_for_backward(*inputs)
         return RgLruCoefficients.compute(*inputs)
 
     @staticmethod
-    def backward(ctx: Any, grad_a: torch.Tensor, grad_gated: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, grad_a: Tensor, grad_gated: Tensor) -> tuple[Tensor | None, ...]:
         """Compute the gradients of the three inputs and of softplus(Lambda)."""
         saved_tensors = ctx.saved_tensors  # read once: activation checkpointing refuses a second time
         if torch.is_grad_enabled():
-            return _differentiable_gradients(RgLruCoefficients, saved_tensors, (grad_a, grad_gated))
+            return plain_gradients(RgLruCoefficients.plain, saved_tensors, (grad_a, grad_gated))
         r_pre, i_pre, x, softplus_D, reset, is_padding = saved_tensors
         r, i, log_a, one_minus_a2 = RgLruCoefficients._parts(r_pre, i_pre, softplus_D)
         x = x.to(softplus_D.dtype)
@@ -92,84 +182,186 @@ class RgLruCoefficients(torch.autograd.Function):
         return *grads, grad_softplus, None, None
 
 
-class CausalConv1d(torch.autograd.Function):
-    """Depthwise causal convolution of (B, K - 1 + T, D), the context in front, to (B, T, D); weight (D, 1, K).
+# ---------------------------------------------------------------- by kernels
 
-    `conv_tap_mask` (B or 1, T, K) of 0 and 1 or None (all 1) keeps it from reading across the start of a document. By
-    hand, because a sum of shifted products in place is twice as fast on a CPU as any other form, forward and backward,
-    and keeps time before the channels.
+
+def rg_lru_step(
+    u_BD: Tensor,
+    y_BD: Tensor,
+    conv_weight_D1K: Tensor,
+    conv_bias_D: Tensor,
+    parameters: RgLruParameters,
+    conv_state_SDC: Tensor,
+    h_SD: Tensor,
+    *,
+    reset_B: Tensor | None = None,
+    is_padding_B: Tensor | None = None,
+    conv_tap_mask_BK: Tensor | None = None,
+    state_indices_B: Tensor | None = None,
+) -> Tensor:
+    """Compute gelu(y) * RG-LRU(conv1d(u)) for one token per row by two kernels, without gradients.
+
+    The conv state (S, D, K - 1), of any strides, and the float32 state (S, D) are updated in place, so a CUDA graph
+    finds them at their old addresses. Row b of the batch has row state_indices_B[b] of the states, by default row b; a
+    negative index marks padding of the batch, whose result is 0. Returns out (B, D) in the dtype of u.
     """
-
-    @staticmethod
-    def compute(
-        full: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, conv_tap_mask: torch.Tensor | None
-    ) -> torch.Tensor:
-        """Compute the convolution without gradients."""
-        weight_KD = weight[:, 0].t()
-        K, T = weight_KD.shape[0], full.shape[1] - weight_KD.shape[0] + 1
-        if T == 1:  # one product instead of K
-            seen = full if conv_tap_mask is None else full * conv_tap_mask.transpose(1, 2)
-            return (seen * weight_KD).sum(1, keepdim=True) + bias
-        weight_KD = weight_KD.contiguous()
-        out = bias.expand(full.shape[0], T, -1).clone()
-        for tap in range(K):
-            x = full[:, tap : tap + T]
-            out.addcmul_(x if conv_tap_mask is None else x * conv_tap_mask[..., tap, None], weight_KD[tap])
-        return out
-
-    @staticmethod
-    def plain(
-        full: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, conv_tap_mask: torch.Tensor | None
-    ) -> torch.Tensor:
-        """Compute the same for autograd and every transform of torch."""
-        K, T = weight.shape[2], full.shape[1] - weight.shape[2] + 1
-        out = bias.expand(full.shape[0], T, -1)
-        for tap in range(K):
-            x = full[:, tap : tap + T]
-            out = out + (x if conv_tap_mask is None else x * conv_tap_mask[..., tap, None]) * weight[:, 0, tap]
-        return out
-
-    @staticmethod
-    def forward(
-        ctx: Any, full: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, conv_tap_mask: torch.Tensor | None
-    ) -> torch.Tensor:
-        """Compute it and keep the inputs for `backward`."""
-        ctx.save_for_backward(full, weight, bias, conv_tap_mask)
-        return CausalConv1d.compute(full, weight, bias, conv_tap_mask)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Compute the gradients of the inputs, the weight and the bias."""
-        saved_tensors = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            return _differentiable_gradients(CausalConv1d, saved_tensors, (grad,))
-        full, weight, _, conv_tap_mask = saved_tensors
-        weight_KD = weight[:, 0].t().contiguous()
-        T = grad.shape[1]
-        grad_full, grad_taps = torch.zeros_like(full), []
-        for tap, weight_D in enumerate(weight_KD):
-            seen = grad if conv_tap_mask is None else grad * conv_tap_mask[..., tap, None]
-            grad_full[:, tap : tap + T].addcmul_(seen, weight_D)
-            grad_taps.append((full[:, tap : tap + T] * seen).sum((0, 1)))
-        return grad_full, torch.stack(grad_taps, dim=1)[:, None], grad.sum((0, 1)), None
+    return _step(
+        u_BD, y_BD, conv_state_SDC, h_SD, conv_weight_D1K, conv_bias_D, *parameters,
+        reset_B, is_padding_B, conv_tap_mask_BK, state_indices_B,
+    )  # fmt: skip
 
 
-def differentiable(function: type[RgLruCoefficients] | type[CausalConv1d]) -> Callable[..., Any]:
-    """Choose a form of `function`: plain under a transform of torch, with its own backward pass where gradients are
-    wanted, else the computation alone (decoding feels the difference)."""
-    if is_transformed():
-        return function.plain
-    return function.apply if torch.is_grad_enabled() else function.compute
+@torch.library.custom_op(f"{_NAMESPACE}::rg_lru", mutates_args=())
+def _rg_lru(
+    x_BTD: Tensor,
+    y_BTD: Tensor,
+    r_weight_Hdd: Tensor,
+    r_bias_Hd: Tensor,
+    i_weight_Hdd: Tensor,
+    i_bias_Hd: Tensor,
+    recurrent_param_D: Tensor,
+    h0_BD: Tensor | None,
+    reset_BT: Tensor | None,
+    is_padding_BT: Tensor | None,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """out, the last state, and for the backward pass (`keep`) the gates before their sigmoids and some states."""
+    from .rg_lru_triton import forward
+
+    gates_HNe = torch.bmm(*_gate_factors(x_BTD, r_weight_Hdd, i_weight_Hdd))
+    log_a_D = -RG_LRU_C * F.softplus(recurrent_param_D.float())
+    out_BTD, last_BD, carries_BMD = forward(
+        x_BTD, y_BTD, gates_HNe, r_bias_Hd, i_bias_Hd, log_a_D, h0_BD, reset_BT, is_padding_BT, keep
+    )
+    return out_BTD, last_BD, gates_HNe if keep else gates_HNe.new_empty(0), carries_BMD
 
 
-def _differentiable_gradients(
-    function: type[RgLruCoefficients] | type[CausalConv1d],
-    inputs: tuple[torch.Tensor | None, ...],
-    grads: tuple[torch.Tensor, ...],
-) -> tuple[torch.Tensor | None, ...]:
-    """Compute the gradients of `inputs` so that they can be differentiated again (`create_graph=True`), by autograd
-    through the plain form. The backward passes above are faster, and constants to autograd."""
-    inputs = tuple(x.view_as(x) if x is not None and x.requires_grad else x for x in inputs)
-    wanted = [x for x in inputs if x is not None and x.requires_grad]
-    found = iter(torch.autograd.grad(function.plain(*inputs), wanted, grads, create_graph=True))
-    return tuple(next(found) if x is not None and x.requires_grad else None for x in inputs)
+def _gate_factors(x_BTD: Tensor, r_weight_Hdd: Tensor, i_weight_Hdd: Tensor) -> tuple[Tensor, Tensor]:
+    """Both gates as one matmul of (H, N, d) and (H, d, 2 d)."""
+    H, d, _ = r_weight_Hdd.shape
+    return x_BTD.reshape(-1, H, d).transpose(0, 1), torch.cat([r_weight_Hdd, i_weight_Hdd], dim=2).to(x_BTD.dtype)
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::rg_lru_backward", mutates_args=())
+def _rg_lru_backward(
+    dout_BTD: Tensor,
+    dlast_BD: Tensor,
+    gates_HNe: Tensor,
+    carries_BMD: Tensor,
+    x_BTD: Tensor,
+    y_BTD: Tensor,
+    r_weight_Hdd: Tensor,
+    r_bias_Hd: Tensor,
+    i_weight_Hdd: Tensor,
+    i_bias_Hd: Tensor,
+    recurrent_param_D: Tensor,
+    reset_BT: Tensor | None,
+    is_padding_BT: Tensor | None,
+) -> list[Tensor]:
+    """Gradients of x, y, the five parameters and h0."""
+    from .rg_lru_triton import backward
+
+    H, d, _ = r_weight_Hdd.shape
+    recurrent_param_D32 = recurrent_param_D.float()
+    log_a_D = -RG_LRU_C * F.softplus(recurrent_param_D32)
+    dx, dy, dgates_HNe, dh0_BD, sums_3D = backward(
+        dout_BTD, dlast_BD, x_BTD, y_BTD, gates_HNe, carries_BMD, r_bias_Hd, i_bias_Hd, log_a_D, reset_BT,
+        is_padding_BT, MIN_4X_IN_SQRT_GRADIENT,
+    )  # fmt: skip
+    x_HNd, weights_Hde = _gate_factors(x_BTD, r_weight_Hdd, i_weight_Hdd)
+    # What reaches x through the gates, onto what reaches it past them.
+    dx.view(-1, H, d).transpose(0, 1).baddbmm_(dgates_HNe, weights_Hde.mT)
+    dr_weight, di_weight = (part.contiguous() for part in torch.bmm(x_HNd.mT, dgates_HNe).split(d, dim=2))
+    dlog_a, dr_bias, di_bias = sums_3D
+    drecurrent_param = dlog_a * -RG_LRU_C * torch.sigmoid(recurrent_param_D32)
+    gradients = (dr_weight, dr_bias.view(H, d), di_weight, di_bias.view(H, d), drecurrent_param)
+    like = (r_weight_Hdd, r_bias_Hd, i_weight_Hdd, i_bias_Hd, recurrent_param_D)
+    # Copies, where nothing is cast: an operator's results share no memory.
+    copies = [gradient.to(parameter.dtype, copy=True) for gradient, parameter in zip(gradients, like, strict=True)]
+    return [dx, dy, *copies, dh0_BD]
+
+
+@_rg_lru.register_fake
+def _(x_BTD: Tensor, y_BTD: Tensor, r_weight_Hdd: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from .triton_tools import UNROLLED
+
+    (B, T, D), (H, d, _), keep = x_BTD.shape, r_weight_Hdd.shape, rest[-1]
+    gates = x_BTD.new_empty((H, B * T, 2 * d) if keep else 0)
+    carries = x_BTD.new_empty((B, -(-T // UNROLLED), D) if keep else 0, dtype=torch.float32)
+    return x_BTD.new_empty((B, T, D)), x_BTD.new_empty((B, D), dtype=torch.float32), gates, carries
+
+
+@_rg_lru_backward.register_fake
+def _(
+    dout: Tensor, dlast: Tensor, gates: Tensor, carries: Tensor, x: Tensor, y: Tensor, *rest: Tensor | None
+) -> list[Tensor]:
+    like = (x, y, *rest[:5])
+    return [*(tensor.new_empty(tensor.shape) for tensor in like if tensor is not None), dlast.new_empty(dlast.shape)]
+
+
+def _save_for_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*output[2:], *inputs[:-1])
+
+
+def _gradient(ctx: Any, dout_BTD: Tensor, dlast_BD: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    gates, carries, *inputs = ctx.saved_tensors  # read once: activation checkpointing refuses a second time
+    h0, reset, is_padding = inputs[7:]
+    if torch.is_grad_enabled():
+
+        def plain(x: Tensor, y: Tensor, *rest: Tensor | None) -> tuple[Tensor, Tensor]:
+            return _plain_rg_lru(x, y, RgLruParameters(*rest[:5]), rest[5], reset, is_padding)
+
+        return *plain_gradients(plain, tuple(inputs[:8]), (dout_BTD, dlast_BD)), None, None, None
+    *gradients, dh0 = _rg_lru_backward(dout_BTD, dlast_BD, gates, carries, *inputs[:7], reset, is_padding)
+    return *gradients, None if h0 is None else dh0.to(h0.dtype), None, None, None
+
+
+_rg_lru.register_autograd(_gradient, setup_context=_save_for_gradient)
+
+
+def _plain_rg_lru(
+    x: Tensor,
+    y: Tensor,
+    parameters: RgLruParameters,
+    h0: Tensor | None,
+    reset: Tensor | None,
+    is_padding: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    r_weight, r_bias, i_weight, i_bias, recurrent_param = parameters
+    softplus_D = F.softplus(recurrent_param.float())
+    flags = (None if flag is None else flag[..., None] for flag in (reset, is_padding))
+    pre = gate(x, r_weight, r_bias), gate(x, i_weight, i_bias)
+    a, gated = RgLruCoefficients.plain(*pre, x, softplus_D, *flags)
+    h, last = linear_recurrence(gated, a, h0)
+    return (h * F.gelu(y, approximate="tanh")).to(x.dtype), last
+
+
+@torch.library.custom_op(f"{_NAMESPACE}::step", mutates_args=("conv_state_SDC", "h_SD"))
+def _step(
+    u_BD: Tensor,
+    y_BD: Tensor,
+    conv_state_SDC: Tensor,
+    h_SD: Tensor,
+    conv_weight_D1K: Tensor,
+    conv_bias_D: Tensor,
+    r_weight_Hdd: Tensor,
+    r_bias_Hd: Tensor,
+    i_weight_Hdd: Tensor,
+    i_bias_Hd: Tensor,
+    recurrent_param_D: Tensor,
+    reset_B: Tensor | None,
+    is_padding_B: Tensor | None,
+    conv_tap_mask_BK: Tensor | None,
+    state_indices_B: Tensor | None,
+) -> Tensor:
+    """See `rg_lru_step`."""
+    from .rg_lru_step_triton import step
+
+    parameters = (conv_weight_D1K, conv_bias_D, r_weight_Hdd, r_bias_Hd, i_weight_Hdd, i_bias_Hd, recurrent_param_D)
+    flags = (reset_B, is_padding_B, conv_tap_mask_BK, state_indices_B)
+    return step(u_BD, y_BD, conv_state_SDC, h_SD, parameters, flags, RG_LRU_C)
+
+
+@_step.register_fake
+def _(u_BD: Tensor, *rest: Tensor | None) -> Tensor:
+    return u_BD.new_empty(u_BD.shape)

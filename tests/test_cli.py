@@ -519,6 +519,24 @@ def test_the_installed_command():
     assert (shown.returncode, shown.stdout) == (0, f"recurrent-gemma-hf {recurrent_gemma_hf.__version__}\n")
 
 
+LIGHT = """
+import sys
+from recurrent_gemma_hf.cli.app import main
+try:
+    main(sys.argv[1:])
+except SystemExit as end:
+    assert end.code == 0, end.code
+print({"numpy", "torch", "transformers"} & set(sys.modules))
+"""
+
+
+@pytest.mark.parametrize("arguments", [("--version",), ("--help",), ("chat", "--help"), ("eval", "--help")])
+def test_help_and_version_import_nothing_slow(arguments):
+    command = [sys.executable, "-c", LIGHT, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.splitlines()[-1] == "set()"
+
+
 def test_help_names_the_commands():
     shown = succeed("--help").stdout
     assert all(command in shown for command in ("generate", "chat", "info"))

@@ -5,12 +5,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .conversation import Conversation
 from .shared import DeviceOption, DtypeOption, ModelOption, Problem, load, note, reported
+
+if TYPE_CHECKING:
+    from .conversation import Conversation
 
 MaxNewTokensOption = Annotated[int, typer.Option(help="Stop after so many new tokens.")]
 TemperatureOption = Annotated[float | None, typer.Option(help="Above 1 bolder, below 1 safer.")]
@@ -39,8 +41,7 @@ def generate(
     """Continue PROMPT, or answer it where the model is instruction-tuned, writing as the text comes."""
     settings = _generation_settings(max_new_tokens, temperature, top_k, top_p, greedy)
     text = _read_prompt(prompt)
-    _set_seed(seed)
-    conversation = Conversation(*load(model, dtype, device), settings, raw)
+    conversation = _begin(model, dtype, device, settings, raw, seed)
     # A continuation reads on from its prompt, so the prompt is printed too; an answer stands alone.
     note(conversation.ask(text, echo=not conversation.has_template))
 
@@ -59,8 +60,7 @@ def chat(
 ) -> None:
     """Talk to a model. The state of the conversation has a constant size, however long the talk."""
     settings = _generation_settings(max_new_tokens, temperature, top_k, top_p, greedy)
-    _set_seed(seed)
-    conversation = Conversation(*load(model, dtype, device), settings, raw)
+    conversation = _begin(model, dtype, device, settings, raw, seed)
     interactive = sys.stdin.isatty()
     if interactive:
         note(CHAT_HELP)
@@ -137,11 +137,15 @@ def _generation_settings(
     return {"max_new_tokens": max_new_tokens, "do_sample": not greedy, **sampling}
 
 
-def _set_seed(seed: int | None) -> None:
-    if seed is None:
-        return
-    if not 0 <= seed < 2**63:
+def _begin(
+    model: str | None, dtype: str, device: str | None, settings: dict[str, Any], raw: bool, seed: int | None
+) -> Conversation:
+    if seed is not None and not 0 <= seed < 2**63:
         raise Problem(f"--seed is {seed}; give a whole number from 0 to {2**63 - 1}")
     import torch
 
-    torch.manual_seed(seed)
+    from .conversation import Conversation
+
+    if seed is not None:
+        torch.manual_seed(seed)
+    return Conversation(*load(model, dtype, device), settings, raw)

@@ -1,4 +1,7 @@
-"""One conversation: a model, its tokenizer and one cache, whose size does not depend on the length of the talk."""
+"""One conversation: a model, its tokenizer and one cache, whose size does not depend on the length of the talk.
+
+The commands import this file when a conversation begins: unlike theirs, its head imports torch and Transformers.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +11,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedTokenizerBase, TextStreamer
+import torch
+from transformers import PreTrainedTokenizerBase, StoppingCriteriaList, TextStreamer
 
-    from .. import RecurrentGemmaForCausalLM
+from .. import RecurrentGemmaCache, RecurrentGemmaForCausalLM
 
 # Tokens of a prompt that are read at once, so that a book takes no more memory than a page.
 PREFILL_CHUNK = 4096
@@ -36,19 +38,14 @@ class Conversation:
 
     def reset(self) -> None:
         """Forgets everything said so far."""
-        from .. import RecurrentGemmaCache
-
         self.cache = RecurrentGemmaCache(self.model.config)
         self.pending: list[int] = []
 
     def ask(self, text: str, *, echo: bool = False) -> str:
         """Prints the answer to `text` as it comes, after `text` itself with `echo`; returns a line about the speed."""
-        import torch
-        from transformers import StoppingCriteriaList, TextStreamer
-
         past = self.cache.get_seq_length()
         new = self.pending + self._encode(text)
-        meter = Meter(TextStreamer(self.tokenizer, skip_prompt=not echo, skip_special_tokens=True))
+        meter = Meter(self.tokenizer, echo)
         with _interrupt_as_criterion() as interrupted:
             output = self.model.generate(
                 torch.tensor([new], device=self.model.device),
@@ -68,8 +65,6 @@ class Conversation:
 
     def save(self, path: Path) -> None:
         """Writes the state to `path`, whose size does not depend on the length of the conversation."""
-        import torch
-
         if self.pending:
             with torch.no_grad():
                 pending = torch.tensor([self.pending], device=self.model.device)
@@ -79,8 +74,6 @@ class Conversation:
 
     def load(self, path: Path) -> int:
         """Goes on from what `save` wrote; returns the number of tokens in it. Raises OSError or ValueError."""
-        from .. import RecurrentGemmaCache
-
         cache = RecurrentGemmaCache.load(path, self.model.config, device=self.model.device)
         if cache.batch_size != 1:
             raise ValueError(f"{path} holds {cache.batch_size} conversations; a chat goes on from exactly one")
@@ -107,25 +100,21 @@ class Conversation:
         return turns.partition(answer)[2]
 
 
-class Meter:
-    """A streamer that hands everything on to `printer` and takes the time."""
+class Meter(TextStreamer):
+    """A streamer that prints, and takes the time of every token."""
 
-    def __init__(self, printer: TextStreamer) -> None:
-        self.printer = printer
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, echo: bool) -> None:
+        super().__init__(tokenizer, skip_prompt=not echo, skip_special_tokens=True)
         self.prompt_tokens = 0
         self.times = [time.perf_counter()]
 
-    def put(self, tokens: torch.Tensor) -> None:
+    def put(self, value: torch.Tensor) -> None:
         """Called by generate() with the prompt first (1, T), then with every new token (1,)."""
         if self.prompt_tokens:
             self.times.append(time.perf_counter())
         else:
-            self.prompt_tokens = tokens.numel()
-        self.printer.put(tokens)
-
-    def end(self) -> None:
-        """Called by generate() after the last token."""
-        self.printer.end()
+            self.prompt_tokens = value.numel()
+        super().put(value)
 
     def report(self) -> str:
         """How long the prompt took, and how many tokens came per second after the first one."""
@@ -140,8 +129,6 @@ class Meter:
 @contextmanager
 def _interrupt_as_criterion() -> Iterator[Callable[..., torch.Tensor]]:
     """The first Ctrl-C ends the answer between two tokens, where the cache is whole; a second one ends the program."""
-    import torch
-
     stopped = False
 
     def stop(signum: int, frame: FrameType | None) -> None:

@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from importlib import import_module
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from .shared import (
-    DEMO,
-    PASSED_ON,
-    DeviceOption,
-    DtypeOption,
-    ModelOption,
-    Problem,
-    load,
-    print_table,
-    reported,
-)
+from .shared import DEMO, PASSED_ON, DeviceOption, DtypeOption, ModelOption, Problem, load, print_table, reported
 
 app = typer.Typer(
     help="Measure a model: loss against position, retrieval, throughput, tasks of lm-eval.", no_args_is_help=True
@@ -46,7 +38,18 @@ def _numbers(text: str, option: str, kind: type = int) -> tuple[Any, ...]:
         return tuple(kind(part) for part in text.split(","))
 
 
+def _kept(records: Iterable[dict[str, Any]], output: Path | None, **about: Any) -> Iterator[dict[str, Any]]:
+    """Yield the records, each with what it is `about`, as soon as it is written to `output`."""
+    from ..evaluation.records import append_record
+
+    for record in records:
+        if output is not None:
+            append_record(output, {**about, **record})
+        yield record
+
+
 @app.command()
+@reported(ValueError)
 def position(
     text: Annotated[list[Path], typer.Option(help="A text file; repeat for several documents.")],
     length: Annotated[int, typer.Option(help="Positions to measure; a document is cut into segments of it.")],
@@ -67,10 +70,9 @@ def position(
     start, _, end = part.partition(":")
     with reported(ValueError, as_=f"--part {part!r} is not a part of a text; give two shares, for instance 0.9:1"):
         shares = float(start), float(end)
-    with reported(ValueError):
-        wanted = Wanted(length=length, segments=segments, bins_per_octave=bins_per_octave)
-        texts = read_documents(text, shares)
-        result = measure(*load(model, dtype, device), texts, wanted, label=f"{model or DEMO}, {length} tokens")
+    wanted = Wanted(length=length, segments=segments, bins_per_octave=bins_per_octave)
+    texts = read_documents(text, shares)
+    result = measure(*load(model, dtype, device), texts, wanted, label=f"{model or DEMO}, {length} tokens")
     print_table(
         f"{result['label']}, {result['segments']} segments",
         ("positions", "loss", "band"),
@@ -80,16 +82,14 @@ def position(
         ],
         f"nats per token, mean over all {result['mean_loss']:.4f}; {result['band']}",
     )
-    results = [result]
-    with reported(ValueError):
-        if output is not None:
-            append_record(output, result)
-            results = read_records(output)  # measurements in one file come into one figure
-    if figures is not None:
-        figures.draw_positions(results, figure)
+    if output is not None:
+        append_record(output, result)
+    if figures is not None:  # measurements in one file come into one figure
+        figures.draw_positions([result] if output is None else read_records(output), figure)
 
 
 @app.command()
+@reported(ValueError)
 def retrieval(
     task: Annotated[str, typer.Option(help="passkey or phonebook.")],
     output: OutputOption = None,
@@ -106,16 +106,15 @@ def retrieval(
     device: DeviceOption = None,
 ) -> None:
     """Look for a needle in a long prompt: a passkey in filler text, or a number in a phonebook."""
-    from ..evaluation.records import append_record, provenance
+    from ..evaluation.records import provenance
     from ..evaluation.retrieval import measure
 
     wanted = _numbers(sizes, "--sizes"), _numbers(depths, "--depths", float)
-    rows = []
-    with reported(ValueError):
-        for record in measure(*load(model, dtype, device), task, *wanted, repeats, seed):
-            if output is not None:
-                append_record(output, {"model": model or DEMO, "seed": seed, **record, **provenance()})
-            rows.append((*(str(record[name]) for name in ("size", "tokens", "depth")), f"{record['accuracy']:.0%}"))
+    records = measure(*load(model, dtype, device), task, *wanted, repeats, seed)
+    rows = [
+        (str(r["size"]), str(r["tokens"]), str(r["depth"]), f"{r['accuracy']:.0%}")
+        for r in _kept(records, output, model=model or DEMO, seed=seed, **provenance())
+    ]
     print_table(f"{task}, {model or DEMO}", ("size", "tokens", "depth", "right"), rows)
 
 
@@ -126,6 +125,7 @@ def harness(context: typer.Context) -> None:
 
 
 @app.command()
+@reported(ValueError)
 def throughput(
     model: ModelOption = None,
     prompt: Annotated[int, typer.Option(help="Tokens to read before the first one is written.")] = 2048,
@@ -140,21 +140,15 @@ def throughput(
 ) -> None:
     """Tokens per second and memory of the state against length, beside a transformer of equal size."""
     figures = import_extra("figures") if figure is not None else None
-    from ..evaluation.records import append_record
     from ..evaluation.throughput import measure, transformer_of_equal_size
 
-    records = []
-    with reported(ValueError):
-        loaded, _ = load(model, dtype, device)
-        models = {model or DEMO: loaded}
-        if not alone:
-            peer = transformer_of_equal_size(loaded.config)
-            models["transformer of equal size"] = peer.to(device=loaded.device, dtype=loaded.dtype)
-        for label, each in models.items():
-            for record in measure(each, label, prompt, tokens, every, batch_size):
-                records.append(record)
-                if output is not None:
-                    append_record(output, record)
+    loaded, _ = load(model, dtype, device)
+    models = {model or DEMO: loaded}
+    if not alone:
+        peer = transformer_of_equal_size(loaded.config)
+        models["transformer of equal size"] = peer.to(device=loaded.device, dtype=loaded.dtype)
+    measured = (measure(each, label, prompt, tokens, every, batch_size) for label, each in models.items())
+    records = list(_kept(chain.from_iterable(measured), output))
     rows = [
         (r["label"], f"{r['length']:,}", f"{r['tokens_per_second']:.1f}", f"{r['cache_bytes'] / 1e6:.2f}")
         for r in records

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -106,6 +107,8 @@ def _describe_computation(config: RecurrentGemmaConfig, dtype: str, device: str 
 
 
 def _print_table(facts: dict[str, Any]) -> None:
+    from rich.filesize import decimal
+
     layers, lengths = facts["layers"], facts["transformer_cache_bytes"]
     attention = {
         "attention heads": f"{facts['num_attention_heads']} of width {facts['head_dim']}, "
@@ -119,11 +122,9 @@ def _print_table(facts: dict[str, Any]) -> None:
         **(attention if layers["attention"] else {}),
         "vocabulary": f"{facts['vocab_size']:,}",
         "parameters": f"{facts['parameters']:,}, of them {facts['embedding_parameters']:,} in the embedding",
-        "weights": ", ".join(f"{_readable(size)} in {dtype}" for dtype, size in facts["weight_bytes"].items()),
-        "cache per sequence": f"{_readable(facts['cache_bytes'])} at any length",
-        "a transformer's cache": ", ".join(
-            f"{_readable(size)} at {length:,} tokens" for length, size in lengths.items()
-        ),
+        "weights": ", ".join(f"{decimal(size)} in {dtype}" for dtype, size in facts["weight_bytes"].items()),
+        "cache per sequence": f"{decimal(facts['cache_bytes'])} at any length",
+        "a transformer's cache": ", ".join(f"{decimal(size)} at {length:,} tokens" for length, size in lengths.items()),
         "computes here": f"on {facts['device']} in {facts['dtype']}, recurrent blocks by {facts['block_backend']!r}, "
         f"recurrence alone by {facts['recurrence_backend']!r}",
         "recurrent blocks": "; ".join(
@@ -138,20 +139,10 @@ def _print_table(facts: dict[str, Any]) -> None:
 
 
 def _places_by_backend(backends: dict[str, dict[str, str]]) -> dict[str, list[str]]:
-    """{"triton": ["cuda", ...]}: the devices that a backend serves, with the dtype where it does not serve all."""
-    places: dict[str, list[str]] = {}
+    """{"triton": ["cuda", ...]}: the devices that a backend serves, with the dtypes where it does not serve all."""
+    places = defaultdict(list)
     for device, names in backends.items():
-        for dtype, name in names.items():
-            is_all = len(set(names.values())) == 1
-            place = device if is_all else f"{device} in {dtype}"
-            if place not in places.setdefault(name, []):
-                places[name].append(place)
+        for name in dict.fromkeys(names.values()):
+            dtypes = [dtype for dtype in names if names[dtype] == name]
+            places[name].append(device if len(dtypes) == len(names) else f"{device} in {', '.join(dtypes)}")
     return places
-
-
-def _readable(size: int) -> str:
-    """Bytes in decimal units: 16,900,000 is "16.9 MB"."""
-    for unit, factor in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if size >= factor:
-            return f"{size / factor:.1f} {unit}"
-    return f"{size} bytes"

@@ -39,7 +39,7 @@ def _numbers(text: str, option: str, kind: type = int) -> tuple[Any, ...]:
 
 
 def _kept(records: Iterable[dict[str, Any]], output: Path | None, **about: Any) -> Iterator[dict[str, Any]]:
-    """Yield the records, each with what it is `about`, as soon as it is written to `output`."""
+    """Yield the records, each as soon as it is written to `output`, there together with `about`."""
     from ..evaluation.records import append_record
 
     for record in records:

@@ -7,14 +7,16 @@ import re
 import pytest
 import torch
 import yaml
+from command import run_command
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
-from recurrent_gemma_hf import RecurrentGemmaForCausalLM, cli, demo_checkpoint
-from recurrent_gemma_hf.evaluation import commands, papers
+from recurrent_gemma_hf import RecurrentGemmaForCausalLM, demo_checkpoint
+from recurrent_gemma_hf.cli import evaluate
 
 pytest.importorskip("lm_eval", reason="the extra eval is not installed")
 
+import papers  # of research/
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
@@ -168,14 +170,10 @@ def local_tasks(tmp_path):
     return folder
 
 
-def eval_command(*arguments):
-    return CliRunner().invoke(cli.app, ["eval", *map(str, arguments)])
-
-
 @pytest.mark.parametrize("model", ["hf", "recurrent_gemma"])
 def test_the_harness_command_runs_local_tasks(model, local_tasks, tmp_path, demo):
-    result = eval_command(
-        "harness", "run", "--model", model, "--model_args", f"pretrained={demo_checkpoint()},dtype=float32",
+    result = run_command(
+        "eval", "harness", "run", "--model", model, "--model_args", f"pretrained={demo_checkpoint()},dtype=float32",
         "--tasks", "verse_choice,verse_rolling", "--include_path", local_tasks, "--device", "cpu",
         "--batch_size", "4", "--output_path", tmp_path / "out",
     )  # fmt: skip
@@ -194,6 +192,10 @@ def test_the_harness_command_runs_local_tasks(model, local_tasks, tmp_path, demo
         assert results["verse_rolling"]["word_perplexity,none"] == pytest.approx(math.exp(nats / words), rel=1e-4)
 
 
+def papers_command(*arguments):
+    return CliRunner().invoke(papers.app, [*map(str, arguments)])
+
+
 def local_paper_task(monkeypatch, local_tasks, *names):
     """The paper's list, replaced by local tasks."""
     from lm_eval.tasks import TaskManager
@@ -209,19 +211,19 @@ def local_paper_task(monkeypatch, local_tasks, *names):
 
 def test_the_papers_command_prints_the_published_figure_and_resumes(monkeypatch, local_tasks, tmp_path):
     local_paper_task(monkeypatch, local_tasks, "verse_choice")
-    arguments = ["papers", "--published", "recurrentgemma-2b", "--output", tmp_path / "out.jsonl", "--device", "cpu"]
-    result = eval_command(*arguments)
+    arguments = ["--published", "recurrentgemma-2b", "--output", tmp_path / "out.jsonl", "--device", "cpu"]
+    result = papers_command(*arguments)
     assert result.exit_code == 0, (result.output, result.exception)
     assert "71.0" in result.output  # HellaSwag of the card
     (record,) = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert record["task"] == "verse_choice"
     monkeypatch.setattr(papers, "evaluate", lambda *_: pytest.fail("measured again"))
-    assert eval_command(*arguments).exit_code == 0
+    assert papers_command(*arguments).exit_code == 0
 
 
 def test_a_task_without_data_is_named(monkeypatch, local_tasks, tmp_path):
     local_paper_task(monkeypatch, local_tasks, "verse_missing")
-    result = eval_command("papers", "--output", tmp_path / "out.jsonl", "--device", "cpu")
+    result = papers_command("--output", tmp_path / "out.jsonl", "--device", "cpu")
     assert result.exit_code == 2, (result.output, result.exception)
     message = " ".join(result.output.split())
     assert "the data of verse_missing cannot be read" in message
@@ -232,13 +234,13 @@ def test_a_task_without_data_is_named(monkeypatch, local_tasks, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("papers --task imagenet", "'imagenet' is not on the paper's list, which is mmlu, hellaswag"),
-        ("papers --task piqa --published gemma-7b", "there is no card 'gemma-7b'; there are recurrentgemma-2b,"),
-        ("papers --task humaneval --task piqa", "humaneval run the code that the model writes; allow it with"),
+        ("--task imagenet", "'imagenet' is not on the paper's list, which is mmlu, hellaswag"),
+        ("--task piqa --published gemma-7b", "there is no card 'gemma-7b'; there are recurrentgemma-2b,"),
+        ("--task humaneval --task piqa", "humaneval run the code that the model writes; allow it with"),
     ],
 )
 def test_the_papers_command_names_mistakes(arguments, message, tmp_path):
-    result = eval_command(*arguments.split(), "--output", tmp_path / "out.jsonl", "--device", "cpu")
+    result = papers_command(*arguments.split(), "--output", tmp_path / "out.jsonl", "--device", "cpu")
     assert result.exit_code == 2, (result.output, result.exception)
     assert message in " ".join(result.output.split())
 
@@ -266,12 +268,12 @@ def test_a_missing_extra_is_named(monkeypatch):
         raise ModuleNotFoundError("No module named 'lm_eval'", name="lm_eval")
 
     # Not importlib's own: what other libraries import for the first time meanwhile would keep it.
-    monkeypatch.setattr(commands, "import_module", missing)
-    result = eval_command("harness", "run")
+    monkeypatch.setattr(evaluate, "import_module", missing)
+    result = run_command("eval", "harness", "run")
     assert result.exit_code == 2
     assert "this needs lm_eval, which is not installed: pip install 'recurrent-gemma-hf[eval]'" in result.output
 
 
 def test_an_error_of_our_own_is_not_taken_for_a_missing_extra():
     with pytest.raises(ModuleNotFoundError, match=r"evaluation\.harnes'"):
-        commands._import_extra("harnes")
+        evaluate.import_extra("harnes")

@@ -7,10 +7,10 @@ import json
 
 import pytest
 import torch
+from command import run_command
 from transformers import AutoTokenizer
-from typer.testing import CliRunner
 
-from recurrent_gemma_hf import RecurrentGemmaForCausalLM, cli, demo_checkpoint
+from recurrent_gemma_hf import RecurrentGemmaForCausalLM, demo_checkpoint
 from recurrent_gemma_hf.evaluation import position_loss, streaming
 from recurrent_gemma_hf.evaluation.position_loss import Wanted
 
@@ -132,7 +132,7 @@ def test_what_the_text_cannot_give_is_refused(tokenizer, settings, message):
 
 
 def eval_position(*arguments):
-    return CliRunner().invoke(cli.app, ["eval", "position", *map(str, arguments)])
+    return run_command("eval", "position", *arguments)
 
 
 @pytest.fixture

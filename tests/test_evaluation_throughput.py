@@ -4,9 +4,9 @@ import json
 
 import pytest
 import torch
-from typer.testing import CliRunner
+from command import run_command
 
-from recurrent_gemma_hf import PRESETS, RecurrentGemmaConfig, RecurrentGemmaForCausalLM, cli
+from recurrent_gemma_hf import PRESETS, RecurrentGemmaConfig, RecurrentGemmaForCausalLM
 from recurrent_gemma_hf.evaluation import throughput
 
 
@@ -62,7 +62,7 @@ def test_the_command_measures_both_and_draws(tmp_path):
     pytest.importorskip("matplotlib", reason="the extra eval is not installed")
     arguments = ["--prompt", 16, "--tokens", 4, "--every", 2, "--output", tmp_path / "out.jsonl"]
     arguments += ["--figure", tmp_path / "figure.png"]
-    result = CliRunner().invoke(cli.app, ["eval", "throughput", *map(str, arguments)])
+    result = run_command("eval", "throughput", *arguments)
     assert result.exit_code == 0, (result.output, result.exception)
     records = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert [record["length"] for record in records] == [16, 18, 20] * 2

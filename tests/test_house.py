@@ -64,6 +64,14 @@ def test_no_private_name_crosses_a_file(path: Path):
     assert not private
 
 
+def test_nobody_imports_the_command_line():
+    """It imports everything; evaluation/ is a library, whose commands are in cli/evaluate.py."""
+    others = [path for path in FILES if path.parent.name != "cli"]
+    found = [(path.name, module, name) for path in others for module, name in imports(path)]
+    ours = [entry for entry in found if entry[1].startswith((".", PACKAGE.name))]
+    assert not [(file, module, name) for file, module, name in ours if "cli" in (*module.split("."), name)]
+
+
 @pytest.mark.parametrize("name", ["context_parallel", "vllm_model"])
 def test_users_of_the_parts_do_not_import_the_model_file(name: str):
     assert not {m for m, _ in imports(PACKAGE / f"{name}.py") if m == ".modeling_recurrent_gemma"}

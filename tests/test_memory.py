@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from command import run_command
 from small_models import tiny_config
-from typer.testing import CliRunner
 
 from recurrent_gemma_hf import RecurrentGemmaConfig
-from recurrent_gemma_hf.cli import app
 from recurrent_gemma_hf.memory import STRATEGIES, training_memory
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -104,14 +103,13 @@ def test_refuses(options, message):
 
 
 def test_the_command():
-    run = CliRunner()
-    lines = run.invoke(app, ["memory", "--tokens", "100", "--strategy", "lora", "--json"]).stdout.splitlines()
+    lines = run_command("memory", "--tokens", 100, "--strategy", "lora", "--json").stdout.splitlines()
     assert [json.loads(line)["checkpointing"] for line in lines] == [False, True]
-    table = run.invoke(app, ["memory", "--tokens", "100"], env={"COLUMNS": "80"}).stdout
+    table = run_command("memory", "--tokens", 100, env={"COLUMNS": "80"}).stdout
     assert all(table.count(f" {strategy} ") == 2 for strategy in STRATEGIES)
     assert "in MB" in table
     assert "1 x 100 tokens" in table
-    failed = run.invoke(app, ["memory", "--strategy", "lisa"])
+    failed = run_command("memory", "--strategy", "lisa")
     assert failed.exit_code == 2
     assert "there are full-fp32" in failed.stderr
     assert not torch.cuda.is_available() or torch.cuda.memory_allocated() == 0
@@ -119,11 +117,10 @@ def test_the_command():
 
 def test_without_peft_the_strategies_that_need_it_are_left_out_and_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
-    run = CliRunner()
-    done = run.invoke(app, ["memory", "--tokens", "100", "--json"])
+    done = run_command("memory", "--tokens", 100, "--json")
     assert done.exit_code == 0
     assert {json.loads(line)["strategy"] for line in done.stdout.splitlines()} == {"full-fp32", "full-amp", "full-bf16"}
     assert "left out: lora, qlora, whose adapters are peft's; pip install peft" in done.stderr
-    alone = run.invoke(app, ["memory", "--strategy", "lora"])
+    alone = run_command("memory", "--strategy", "lora")
     assert alone.exit_code == 2
     assert "pip install peft" in alone.stderr

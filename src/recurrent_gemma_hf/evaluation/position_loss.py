@@ -44,12 +44,10 @@ class Wanted:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.length < 1:
-            raise ValueError(f"length {self.length} must be 1 or more")
-        if self.segments is not None and self.segments < 1:
-            raise ValueError(f"segments {self.segments} must be 1 or more")
-        if self.bins_per_octave < 1:
-            raise ValueError(f"bins per octave {self.bins_per_octave} must be 1 or more")
+        for name in ("length", "segments", "bins_per_octave"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name.replace('_', ' ')} {value} must be 1 or more")
         if not 0 < self.confidence < 1:
             raise ValueError(f"confidence {self.confidence} must be above 0 and below 1")
 

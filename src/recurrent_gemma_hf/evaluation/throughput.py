@@ -27,22 +27,12 @@ def transformer_of_equal_size(config: RecurrentGemmaConfig) -> GemmaForCausalLM:
     Untrained weights are as fast as trained ones.
     """
 
+    shared = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+              "head_dim", "bos_token_id", "eos_token_id", "pad_token_id")  # fmt: skip
+
     def build(mlp: int) -> GemmaForCausalLM:
-        return GemmaForCausalLM(
-            GemmaConfig(
-                vocab_size=config.vocab_size,
-                hidden_size=config.hidden_size,
-                intermediate_size=mlp,
-                num_hidden_layers=config.num_hidden_layers,
-                num_attention_heads=config.num_attention_heads,
-                num_key_value_heads=config.num_key_value_heads,
-                head_dim=config.head_dim,
-                max_position_embeddings=1 << 24,
-                bos_token_id=config.bos_token_id,
-                eos_token_id=config.eos_token_id,
-                pad_token_id=config.pad_token_id,
-            )
-        )
+        fields = {name: getattr(config, name) for name in shared}
+        return GemmaForCausalLM(GemmaConfig(intermediate_size=mlp, max_position_embeddings=1 << 24, **fields))
 
     with torch.device("meta"):
         wanted = RecurrentGemmaForCausalLM(config).num_parameters()

@@ -1,4 +1,6 @@
-"""The task list of the RecurrentGemma report (arXiv 2404.07839, table 2) with lm-eval, published figures beside.
+"""Run the task list of the RecurrentGemma report (arXiv 2404.07839, table 2) with lm-eval, published figures beside.
+
+Run from a clone: python research/papers.py --help
 
 The published figures are those of the model cards (`model_cards/`, or the README.md beside converted weights): they
 are written down once, there, with their source. Google evaluated with its own code, so prompts, and where the report
@@ -10,12 +12,29 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Annotated, Any
 
-from .records import append_record, provenance, read_records
+import lm_eval
+import typer
+from huggingface_hub import ModelCard
+from lm_eval.api.model import LM
+from rich.console import Console
+from rich.table import Table
 
-if TYPE_CHECKING:
-    from lm_eval.api.model import LM
+from recurrent_gemma_hf.cli.shared import (
+    DEMO,
+    DeviceOption,
+    DtypeOption,
+    ModelOption,
+    Problem,
+    locate,
+    pick_device,
+    read_config,
+)
+from recurrent_gemma_hf.evaluation.harness import RecurrentGemmaLM
+from recurrent_gemma_hf.evaluation.records import append_record, provenance, read_records
+
+CARDS = Path(__file__).parents[1] / "model_cards"
 
 
 @dataclass(frozen=True)
@@ -73,33 +92,19 @@ def find_tasks(names: Iterable[str] | None) -> tuple[PaperTask, ...]:
 
 
 def card_path(name: str) -> Path:
-    """The card of a published model: in the installed package, or in the checkout that it runs from."""
+    """The card of a published model."""
     if name not in PUBLISHED:
         raise ValueError(f"there is no card {name!r}; there are {', '.join(PUBLISHED)}")
-    package = Path(__file__).parents[1]
-    places = (package / "model_cards", package.parents[1] / "model_cards")
-    for place in places:
-        if (place / f"{name}.md").is_file():
-            return place / f"{name}.md"
-    raise ValueError(f"there is no {name}.md in {places[0]} or {places[1]}; install the package again")
+    return CARDS / f"{name}.md"
 
 
 def published_figures(card: Path) -> dict[str, float]:
     """Type of the data set -> figure, from the metadata of a card (`model-index`); empty where it has none."""
-    from huggingface_hub import ModelCard
-
     return {
         result.dataset_type: float(result.metric_value)
         for result in ModelCard.load(card).data.eval_results or ()
         if result.metric_value is not None
     }
-
-
-def load_model(location: str, batch_size: int, device: str, dtype: str) -> LM:
-    """The model as lm-eval sees it (`recurrent_gemma`)."""
-    from .harness import RecurrentGemmaLM
-
-    return RecurrentGemmaLM(location, batch_size=batch_size, device=device, dtype=dtype, logits_cache=True)
 
 
 def run(
@@ -132,8 +137,6 @@ def run(
 
 def evaluate(model: LM, task: PaperTask, limit: int | None) -> dict[str, Any]:
     """One task: its figure in per cent, the standard error that lm-eval gives, and the settings."""
-    import lm_eval
-
     try:
         results = lm_eval.simple_evaluate(
             model,
@@ -159,3 +162,57 @@ def evaluate(model: LM, task: PaperTask, limit: int | None) -> dict[str, Any]:
         "value": 100 * results[task.metric],
         "standard_error": 100 * standard_error if isinstance(standard_error, float) else None,
     }
+
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def main(
+    output: Annotated[Path, typer.Option(help="JSON lines to append to; what is there is not repeated.")],
+    model: ModelOption = None,
+    task: Annotated[
+        list[str] | None, typer.Option(help="A task of the list; repeat for several. All by default.")
+    ] = None,
+    published: Annotated[
+        str | None, typer.Option(help="Whose figures to print beside: recurrentgemma-2b, -2b-it, -9b, -9b-it.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Only so many questions per task, for a first look.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Questions at once.")] = 8,
+    run_code: Annotated[
+        bool, typer.Option("--run-code", help="Let HumanEval and MBPP run what the model wrote.")
+    ] = False,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = None,
+) -> None:
+    """The RecurrentGemma report's task list, with its published figures beside."""
+    try:
+        tasks = find_tasks(task)
+        location = locate(model)
+        read_config(location)
+        card = card_path(published) if published else Path(location) / "README.md"
+        figures = published_figures(card) if card.is_file() else {}
+        where = str(pick_device(device))
+        loaded = RecurrentGemmaLM(location, batch_size=batch_size, device=where, dtype=dtype, logits_cache=True)
+        records = list(run(loaded, model or DEMO, tasks, output, limit, run_code))
+    except (Problem, ValueError) as error:
+        typer.echo(f"papers.py: {error}", err=True)
+        raise typer.Exit(2) from None
+    _print_records(tasks, records, figures, card.stem if published else str(card))
+
+
+def _print_records(
+    tasks: Iterable[PaperTask], records: list[dict[str, Any]], figures: dict[str, float], source: str
+) -> None:
+    table = Table("task", "shots", "measured", "published", "the report says", title=f"{records[0]['model']}")
+    for task, record in zip(tasks, records, strict=True):
+        error = "" if record["standard_error"] is None else f" ± {record['standard_error']:.1f}"
+        shots = "task's own" if task.few_shot is None else str(task.few_shot)
+        known = f"{figures[task.dataset]:.1f}" if task.dataset in figures else ""
+        table.add_row(task.title, shots, f"{record['value']:.1f}{error}", known, task.stated)
+    table.caption = f"published: {source}"
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    app()

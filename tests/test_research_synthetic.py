@@ -3,17 +3,13 @@
 Shape suffixes: B batch, T time.
 """
 
-import json
-import random
-
 import pytest
+import synthetic  # of research/
+import synthetic_tasks as tasks
 import torch
 from typer.testing import CliRunner
 
-from recurrent_gemma_hf import RecurrentGemmaForCausalLM, cli, demo_checkpoint
-from recurrent_gemma_hf.evaluation import retrieval, synthetic
-from recurrent_gemma_hf.evaluation import synthetic_tasks as tasks
-from recurrent_gemma_hf.evaluation.records import append_record, read_records
+from recurrent_gemma_hf.evaluation.records import read_records
 
 SMALL = synthetic.Settings(
     length=24, shortest=8, window=12, width=16, batch_size=4, max_steps=3, evaluate_every=2, validation_rows=8
@@ -225,15 +221,6 @@ def test_runs_are_resumed_and_repeat_exactly(tmp_path):
     assert [r["accuracy"] for r in again] == [r["accuracy"] for r in more]
 
 
-def test_a_broken_line_of_results_is_named(tmp_path):
-    path = tmp_path / "results.jsonl"
-    append_record(path, {"a": 1})
-    with path.open("a") as file:
-        file.write('{"b": \n')
-    with pytest.raises(ValueError, match=r"line 2 is not JSON"):
-        read_records(path)
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -253,15 +240,15 @@ def test_an_unknown_architecture_is_refused():
         synthetic.build_model("mamba", tasks.TASKS["passkey"], SMALL, 0)
 
 
-def eval_command(*arguments):
-    return CliRunner().invoke(cli.app, ["eval", *map(str, arguments)])
+def synthetic_command(*arguments):
+    return CliRunner().invoke(synthetic.app, [*map(str, arguments)])
 
 
 def test_the_synthetic_command_trains_measures_and_draws(tmp_path):
     pytest.importorskip("matplotlib", reason="the extra eval is not installed")
-    arguments = "synthetic --task passkey --architecture hawk --seeds 1 --length 24 --width 16 --batch-size 2".split()
+    arguments = "--task passkey --architecture hawk --seeds 1 --length 24 --width 16 --batch-size 2".split()
     arguments += ["--max-steps", "2", "--rows", "3", "--lengths", "24,48", "--output", tmp_path / "runs.jsonl"]
-    result = eval_command(*arguments, "--figure", tmp_path / "figure.png")
+    result = synthetic_command(*arguments, "--figure", tmp_path / "figure.png")
     assert result.exit_code == 0, result.output
     (record,) = read_records(tmp_path / "runs.jsonl")
     assert record["settings"]["length"] == record["settings"]["shortest"] == 24
@@ -273,90 +260,12 @@ def test_the_synthetic_command_trains_measures_and_draws(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("synthetic --task sorting", "unknown task 'sorting'; there are selective-copying"),
-        ("synthetic --architecture mamba --length 64", "unknown architecture 'mamba'"),
-        ("synthetic --lengths 1,x", "--lengths '1,x' is not a list of numbers"),
+        ("--task sorting", "unknown task 'sorting'; there are selective-copying"),
+        ("--architecture mamba --length 64", "unknown architecture 'mamba'"),
+        ("--lengths 1,x", "--lengths '1,x' is not a list of numbers"),
     ],
 )
 def test_the_synthetic_command_names_mistakes(arguments, message, tmp_path):
-    result = eval_command(*arguments.split(), "--output", tmp_path / "runs.jsonl")
+    result = synthetic_command(*arguments.split(), "--output", tmp_path / "runs.jsonl")
     assert result.exit_code == 2
     assert message in " ".join(result.output.split())
-
-
-# --- retrieval with text ---
-
-
-def test_a_passkey_prompt_holds_its_key_at_its_depth():
-    early, late = (retrieval.passkey_prompt(20, depth, random.Random(1)) for depth in (0.0, 1.0))
-    assert early.text.startswith(f"The pass key is {early.answer}.")
-    assert late.text.count(late.answer) == 2
-    assert late.text.index(late.answer) > len(retrieval.FILLER) * 20
-    assert early.text.endswith("The pass key is")
-
-
-@pytest.mark.parametrize("depth", [None, 0.0, 1.0])
-def test_a_phonebook_prompt_asks_for_one_of_its_entries(depth):
-    prompt = retrieval.phonebook_prompt(12, depth, random.Random(2))
-    book, questions = prompt.text.split("\n\n")
-    lines = book.split("\n")
-    *examples, asked = questions.split("\n")
-    assert len(lines) == len(set(lines)) == 12
-    assert all(example in lines for example in examples)
-    assert f"{asked} {prompt.answer}" in lines
-    assert f"{asked} {prompt.answer}" not in examples
-    if depth is not None:
-        assert lines[round(11 * depth)] == f"{asked} {prompt.answer}"
-
-
-def test_retrieval_counts_right_answers(monkeypatch):
-    """A model that knows every second answer is right half the time."""
-    asked = []
-
-    def answer(model, tokenizer, prompt):
-        asked.append(prompt)
-        return (f" {prompt.answer} and so on" if len(asked) % 2 else "no idea"), 7
-
-    monkeypatch.setattr(retrieval, "answer", answer)
-    (record,) = retrieval.measure(None, None, "passkey", (3,), (0.5,), 4, 0)
-    assert record == {"task": "passkey", "size": 3, "depth": 0.5, "tokens": 7, "repeats": 4, "accuracy": 0.5}
-    assert len({prompt.answer for prompt in asked}) == 4
-
-
-def test_the_answer_is_the_greedy_continuation():
-    from transformers import AutoTokenizer
-
-    model = RecurrentGemmaForCausalLM.from_pretrained(demo_checkpoint(), dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(demo_checkpoint())
-    prompt = retrieval.passkey_prompt(8, 0.5, random.Random(0))
-    text, length = retrieval.answer(model, tokenizer, prompt)
-    ids = tokenizer(prompt.text, return_tensors="pt").input_ids
-    assert length == ids.shape[1]
-    new = len(tokenizer(" " + prompt.answer, add_special_tokens=False).input_ids) + 1
-    for _ in range(new):
-        with torch.no_grad():
-            ids = torch.cat([ids, model(ids, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
-    assert text == tokenizer.decode(ids[0, length:], skip_special_tokens=True)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ("--task haystack", "unknown task 'haystack'; there are passkey, phonebook"),
-        ("--task phonebook --sizes 2", "size 2 must be 3 or more"),
-        ("--task passkey --depths 2", "depth 2.0 must be from 0"),
-        ("--task passkey --repeats 0", "repeats 0 must be 1 or more"),
-    ],
-)
-def test_the_retrieval_command_names_mistakes(arguments, message):
-    result = eval_command("retrieval", *arguments.split())
-    assert result.exit_code == 2
-    assert message in " ".join(result.output.split())
-
-
-def test_the_retrieval_command_writes_its_results(tmp_path):
-    arguments = "retrieval --task phonebook --sizes 3,4 --depths 0.5 --repeats 1".split()
-    result = eval_command(*arguments, "--output", tmp_path / "out.jsonl")
-    assert result.exit_code == 0, result.output
-    records = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-    assert [record["size"] for record in records] == [3, 4]

@@ -47,8 +47,7 @@ class Task:
         make: (length, batch_size, generator, depth) -> Batch. `length` counts every token of a row. `depth` from 0
             (the beginning) to 1 (just before the question) fixes where the needle lies; None draws it at random.
         has_depth: whether `make` accepts a depth.
-        training_length, window: what the models of `synthetic` are trained on, and their attention window.
-        reference: what the paper states about this task.
+        training_length: tokens of the sequences that models are trained on, the paper's where it has the task.
     """
 
     vocab_size: int
@@ -56,8 +55,6 @@ class Task:
     make: Callable[[int, int, torch.Generator, float | None], Batch]
     has_depth: bool
     training_length: int
-    window: int
-    reference: str
 
     def batch(self, length: int, batch_size: int, generator: torch.Generator, depth: float | None = None) -> Batch:
         """A batch of `batch_size` rows of exactly `length` tokens; raises ValueError for what the task has not."""
@@ -189,8 +186,6 @@ def _copying_task(copied: int, training_length: int) -> Task:
         make=make,
         has_depth=False,
         training_length=training_length,
-        window=training_length // 2,
-        reference="Griffin paper, figure 6a: length 1024, 16 data tokens, window 512",
     )
 
 
@@ -202,8 +197,6 @@ TASKS: dict[str, Task] = {
         make=_induction_heads,
         has_depth=True,
         training_length=256,
-        window=128,
-        reference="Griffin paper, figure 6b: length 256, window 128",
     ),
     "phonebook": Task(
         vocab_size=39,
@@ -211,8 +204,6 @@ TASKS: dict[str, Task] = {
         make=_phonebook,
         has_depth=True,
         training_length=128,
-        window=64,
-        reference="Griffin paper, figure 6c, there with pretrained 7B models and text",
     ),
     "passkey": Task(
         vocab_size=31,
@@ -220,8 +211,6 @@ TASKS: dict[str, Task] = {
         make=_passkey,
         has_depth=True,
         training_length=128,
-        window=64,
-        reference="a needle of five digits at a given depth",
     ),
 }
 

@@ -1,4 +1,6 @@
-"""Training small models on the synthetic tasks and measuring them at lengths they were not trained on.
+"""Train small models on the synthetic tasks and measure them at lengths they were not trained on.
+
+Run from a clone: python research/synthetic.py --help
 
 Four architectures of equal size, all of this package's own blocks, so that nothing but the temporal mixing differs:
 Griffin (one attention block in the middle, as in section 6.2 of the paper), Hawk, and two transformers, one whose
@@ -16,15 +18,17 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
+import typer
+from synthetic_tasks import TASKS, Batch, Task, find_task
 from tqdm import tqdm
 
-from .. import RecurrentGemmaCache, RecurrentGemmaConfig, RecurrentGemmaForCausalLM
-from .records import append_record, provenance, read_records
-from .synthetic_tasks import Batch, Task, find_task
+from recurrent_gemma_hf import RecurrentGemmaCache, RecurrentGemmaConfig, RecurrentGemmaForCausalLM
+from recurrent_gemma_hf.evaluation.records import append_record, provenance, read_records
+from recurrent_gemma_hf.training import parameter_groups
 
 LAYERS = 5
 HEADS = 4
@@ -140,7 +144,9 @@ def train(
     model: RecurrentGemmaForCausalLM, task: Task, settings: Settings, seed: int, title: str = ""
 ) -> list[dict[str, float]]:
     """Train in place; returns the curve, one row per evaluation on held-out sequences of the training length."""
-    optimizer = _optimizer(model, settings)
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, settings.weight_decay), lr=settings.learning_rate, betas=(0.9, 0.98)
+    )
     validation = task.batch(settings.length, settings.validation_rows, generator_for(VALIDATION, seed))
     random = generator_for(TRAINING, seed)
     curve: list[dict[str, float]] = []
@@ -165,16 +171,6 @@ def train(
             if accuracy["rows"] >= settings.solved and last_step == settings.max_steps:
                 last_step = min(last_step, step + settings.decay_steps)
     return curve
-
-
-def _optimizer(model: RecurrentGemmaForCausalLM, settings: Settings) -> torch.optim.AdamW:
-    """AdamW; Lambda (the decay of the recurrence), norms and biases are not pulled towards zero."""
-    decayed: list[torch.nn.Parameter] = []
-    kept: list[torch.nn.Parameter] = []
-    for name, parameter in model.named_parameters():
-        (decayed if name.endswith("weight") and parameter.ndim >= 2 else kept).append(parameter)
-    groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": kept, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.98))
 
 
 def _drawn_length(settings: Settings, generator: torch.Generator) -> int:
@@ -291,3 +287,82 @@ def run(
 def _key(record: dict[str, Any]) -> str:
     names = ("task", "architecture", "seed", "settings")
     return json.dumps([record.get(name) for name in names], sort_keys=True)
+
+
+def _parsed(lengths: str) -> tuple[int, ...]:
+    try:
+        return tuple(map(int, lengths.split(",")))
+    except ValueError:
+        raise ValueError(f"--lengths {lengths!r} is not a list of numbers; give for instance 64,128,256") from None
+
+
+def _summary(record: dict[str, Any]) -> str:
+    cells = [cell for cell in record["accuracy"] if cell["depth"] is None]
+    solved = ", ".join(f"{cell['length']}: {cell['rows']:.0%}" for cell in cells)
+    about = f"{record['task']}, {record['architecture']}, seed {record['seed']}"
+    return f"{about}: {record['curve'][-1]['step']} steps, {record['seconds']:.0f} s; answers right at {solved}"
+
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def main(
+    output: Annotated[Path, typer.Option(help="JSON lines to append to; what is there is not repeated.")],
+    task: Annotated[list[str] | None, typer.Option(help="A task; repeat for several. All of them by default.")] = None,
+    architecture: Annotated[
+        list[str] | None, typer.Option(help="griffin, hawk, 'sliding-window transformer', transformer; all by default.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="Train every combination with the seeds 0, 1, ... below this.")] = 3,
+    length: Annotated[
+        int | None, typer.Option(help="Tokens of a training sequence; the task's own by default.")
+    ] = None,
+    shortest: Annotated[
+        int | None,
+        typer.Option(
+            help="Draw the length of each batch from this to --length, evenly over octaves; --length by default."
+        ),
+    ] = None,
+    window: Annotated[int | None, typer.Option(help="Attention window; half of --length by default.")] = None,
+    width: Annotated[int, typer.Option(help="Width of the models; 64 is 0.26 million parameters, 128 is 1.0.")] = 64,
+    batch_size: Annotated[int, typer.Option(help="Sequences per step.")] = 32,
+    max_steps: Annotated[int, typer.Option(help="Stop there even if the task is not solved.")] = 5000,
+    learning_rate: Annotated[float, typer.Option(help="Between warmup and decay.")] = 3e-3,
+    lengths: Annotated[
+        str | None,
+        typer.Option(help="Measure at these; 1, 2, 4, 8, 16 times --length by default, depths to 4 times."),
+    ] = None,
+    rows: Annotated[int, typer.Option(help="Sequences per measurement.")] = 128,
+    figure: Annotated[Path | None, typer.Option(help="Also draw a figure into this PNG, SVG or PDF file.")] = None,
+) -> None:
+    """Train small models of equal size on the Griffin paper's synthetic tasks and measure how far they extrapolate."""
+    if figure is not None:  # not first missed after hours of training
+        import synthetic_figures
+    try:
+        plans = []
+        for name in task or TASKS:
+            found = find_task(name)
+            trained = length or found.training_length
+            settings = Settings(
+                length=trained,
+                shortest=max(shortest, found.shortest) if shortest else trained,
+                window=window or trained // 2,
+                width=width,
+                batch_size=batch_size,
+                max_steps=max_steps,
+                learning_rate=learning_rate,
+            )
+            measured = _parsed(lengths) if lengths else tuple(trained * 2**power for power in range(5))
+            near = tuple(length for length in measured if length <= 4 * trained)
+            plans.append((name, settings, Measurement(lengths=measured, depth_lengths=near, rows=rows)))
+        for record in run(plans, architecture or ARCHITECTURES, range(seeds), output):
+            typer.echo(_summary(record))
+        if figure is not None:
+            synthetic_figures.draw(read_records(output), figure)
+    except ValueError as error:
+        typer.echo(f"synthetic.py: {error}", err=True)
+        raise typer.Exit(2) from None
+
+
+if __name__ == "__main__":
+    app()

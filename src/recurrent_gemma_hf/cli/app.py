@@ -1,0 +1,49 @@
+"""The `recurrent-gemma` command: `generate` writes text, `chat` talks, `serve` answers over HTTP, `info` describes a
+model without loading it, `memory` says what training it takes, `eval` measures one.
+
+Whatever the user got wrong ends in one line on stderr, with the remedy, and exit status 2.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import Annotated
+
+import typer
+
+from .chat import chat, generate
+from .evaluate import app as evaluation_app
+from .info import info
+from .memory import memory
+from .serve import serve
+from .shared import PASSED_ON, Problem, note
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+for command in (generate, chat, info, memory):
+    app.command()(command)
+app.command(context_settings=PASSED_ON, add_help_option=False)(serve)
+app.add_typer(evaluation_app, name="eval")
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"recurrent-gemma-hf {version('recurrent-gemma-hf')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    show_version: Annotated[
+        bool, typer.Option("--version", help="Print the version and stop.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
+    """RecurrentGemma, Griffin and Hawk on Hugging Face Transformers."""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the `recurrent-gemma` command with the given arguments, by default those of the process."""
+    try:
+        app(arguments)
+    except Problem as problem:
+        note(" ".join(str(problem).split()))
+        raise SystemExit(2) from None

@@ -1,0 +1,151 @@
+"""`recurrent-gemma generate` and `recurrent-gemma chat`: one answer, and a conversation."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .shared import DeviceOption, DtypeOption, ModelOption, Problem, load, note, reported
+
+if TYPE_CHECKING:
+    from .conversation import Conversation
+
+MaxNewTokensOption = Annotated[int, typer.Option(help="Stop after so many new tokens.")]
+TemperatureOption = Annotated[float | None, typer.Option(help="Above 1 bolder, below 1 safer.")]
+TopKOption = Annotated[int | None, typer.Option(help="Choose among the K likeliest tokens; 0 for all.")]
+TopPOption = Annotated[float | None, typer.Option(help="Choose among the likeliest tokens of total probability P.")]
+SeedOption = Annotated[int | None, typer.Option(help="The same seed writes the same text.")]
+GreedyOption = Annotated[bool, typer.Option("--greedy", help="Always take the likeliest token.")]
+RawOption = Annotated[bool, typer.Option("--raw", help="Continue the text as it is: no chat template.")]
+
+CHAT_HELP = "/reset starts anew, /save FILE and /load FILE keep and restore the conversation, /quit ends."
+
+
+def generate(
+    prompt: Annotated[str | None, typer.Argument(help="The text to continue; read from stdin when left out.")] = None,
+    model: ModelOption = None,
+    max_new_tokens: MaxNewTokensOption = 200,
+    temperature: TemperatureOption = None,
+    top_k: TopKOption = None,
+    top_p: TopPOption = None,
+    greedy: GreedyOption = False,
+    seed: SeedOption = None,
+    raw: RawOption = False,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = None,
+) -> None:
+    """Continue PROMPT, or answer it where the model is instruction-tuned, writing as the text comes."""
+    settings = _generation_settings(max_new_tokens, temperature, top_k, top_p, greedy)
+    text = _read_prompt(prompt)
+    conversation = _begin(model, dtype, device, settings, raw, seed)
+    # A continuation reads on from its prompt, so the prompt is printed too; an answer stands alone.
+    note(conversation.ask(text, echo=not conversation.has_template))
+
+
+def chat(
+    model: ModelOption = None,
+    max_new_tokens: MaxNewTokensOption = 200,
+    temperature: TemperatureOption = None,
+    top_k: TopKOption = None,
+    top_p: TopPOption = None,
+    greedy: GreedyOption = False,
+    seed: SeedOption = None,
+    raw: RawOption = False,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = None,
+) -> None:
+    """Talk to a model. The state of the conversation has a constant size, however long the talk."""
+    settings = _generation_settings(max_new_tokens, temperature, top_k, top_p, greedy)
+    conversation = _begin(model, dtype, device, settings, raw, seed)
+    interactive = sys.stdin.isatty()
+    if interactive:
+        note(CHAT_HELP)
+    while True:
+        try:
+            line = _read_stdin(lambda: input("> " if interactive else "")).strip()
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            typer.echo()
+            continue
+        if line == "/quit":
+            return
+        if line.startswith("/"):
+            note(_obey(conversation, line))
+        elif line:
+            conversation.ask(line)
+
+
+def _obey(conversation: Conversation, line: str) -> str:
+    """Carries out a line that begins with a slash and returns what to tell the user; no mistake ends the chat."""
+    command, _, argument = line.partition(" ")
+    path = Path(argument.strip()).expanduser()
+    if command == "/reset":
+        conversation.reset()
+        return "a new conversation"
+    if command not in ("/save", "/load"):
+        return f"there is no {command}; {CHAT_HELP}"
+    if not argument.strip():
+        return f"{command} needs the name of a file; for instance {command} talk.safetensors"
+    try:
+        if command == "/save":
+            conversation.save(path)
+            return f"saved in {path}; recurrent-gemma chat with the same model and /load {path} go on from here"
+        return f"going on after {conversation.load(path)} tokens"
+    except (OSError, ValueError) as error:
+        return f"{command} failed: {error}"
+
+
+def _read_prompt(prompt: str | None) -> str:
+    if prompt is None:
+        if sys.stdin.isatty():
+            raise Problem('no prompt; give one (recurrent-gemma generate "Once upon a time") or pipe a text in')
+        prompt = _read_stdin(sys.stdin.read).removesuffix("\n")
+    elif any("\ud800" <= character <= "\udfff" for character in prompt):  # how Python passes on undecodable bytes
+        raise Problem("the prompt is not UTF-8; convert it, for instance with iconv")
+    if not prompt.strip():
+        raise Problem("the prompt is empty; give at least one word")
+    return prompt
+
+
+def _read_stdin(read: Callable[[], str]) -> str:
+    with reported(UnicodeDecodeError, as_="the text on stdin is not UTF-8 ({}); convert it, for instance with iconv"):
+        return read()
+
+
+def _generation_settings(
+    max_new_tokens: int, temperature: float | None, top_k: int | None, top_p: float | None, greedy: bool
+) -> dict[str, Any]:
+    """Return the arguments of `model.generate`; the checkpoint's generation_config.json decides the rest."""
+    if max_new_tokens < 1:
+        raise Problem(f"--max-new-tokens is {max_new_tokens}; give 1 or more")
+    if temperature is not None and not 0 < temperature < float("inf"):
+        raise Problem(f"--temperature is {temperature}; give a number above 0, or --greedy for the likeliest token")
+    if top_k is not None and top_k < 0:
+        raise Problem(f"--top-k is {top_k}; give 1 or more, or 0 for no limit")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise Problem(f"--top-p is {top_p}; give a number above 0, at most 1")
+    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    sampling = {name: value for name, value in sampling.items() if value is not None}
+    if greedy and sampling:
+        option = "--" + next(iter(sampling)).replace("_", "-")
+        raise Problem(f"--greedy draws nothing, so {option} has no effect; leave one of the two out")
+    return {"max_new_tokens": max_new_tokens, "do_sample": not greedy, **sampling}
+
+
+def _begin(
+    model: str | None, dtype: str, device: str | None, settings: dict[str, Any], raw: bool, seed: int | None
+) -> Conversation:
+    if seed is not None and not 0 <= seed < 2**63:
+        raise Problem(f"--seed is {seed}; give a whole number from 0 to {2**63 - 1}")
+    import torch
+
+    from .conversation import Conversation
+
+    if seed is not None:
+        torch.manual_seed(seed)
+    return Conversation(*load(model, dtype, device), settings, raw)

@@ -1,0 +1,147 @@
+"""One conversation: a model, its tokenizer and one cache, whose size does not depend on the length of the talk.
+
+The commands import this file when a conversation begins: unlike theirs, its head imports torch and Transformers.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase, StoppingCriteriaList, TextStreamer
+
+from .. import RecurrentGemmaCache, RecurrentGemmaForCausalLM
+
+# Tokens of a prompt that are read at once, so that a book takes no more memory than a page.
+PREFILL_CHUNK = 4096
+
+
+class Conversation:
+    """A model, its tokenizer and ONE cache: every turn runs the model over the new tokens alone.
+
+    The last token of an answer is drawn but never read by the model, so it waits in `pending` for the next turn. An
+    end-of-sequence token is dropped instead: the chat template closes the turn, and a plain text goes on.
+    """
+
+    def __init__(
+        self, model: RecurrentGemmaForCausalLM, tokenizer: PreTrainedTokenizerBase, settings: dict[str, Any], raw: bool
+    ) -> None:
+        self.model, self.tokenizer, self.settings = model, tokenizer, settings
+        self.has_template = bool(tokenizer.chat_template) and not raw
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets everything said so far."""
+        self.cache = RecurrentGemmaCache(self.model.config)
+        self.pending: list[int] = []
+
+    def ask(self, text: str, *, echo: bool = False) -> str:
+        """Prints the answer to `text` as it comes, after `text` itself with `echo`; returns a line about the speed."""
+        past = self.cache.get_seq_length()
+        new = self.pending + self._encode(text)
+        meter = Meter(self.tokenizer, echo)
+        with _interrupt_as_criterion() as interrupted:
+            output = self.model.generate(
+                torch.tensor([new], device=self.model.device),
+                # The mask of the whole conversation tells generate() that these are the new tokens alone.
+                attention_mask=torch.ones(1, past + len(new), dtype=torch.long, device=self.model.device),
+                cache=self.cache,
+                streamer=meter,
+                stopping_criteria=StoppingCriteriaList([interrupted]),
+                prefill_chunk_size=PREFILL_CHUNK,
+                **self.settings,
+            )
+        ends = self.model.generation_config.eos_token_id
+        ends = ends if isinstance(ends, list) else [ends]
+        unread = output[0, self.cache.get_seq_length() - past :].tolist()
+        self.pending = [token for token in unread if token not in ends]
+        return meter.report()
+
+    def save(self, path: Path) -> None:
+        """Writes the state to `path`, whose size does not depend on the length of the conversation."""
+        if self.pending:
+            with torch.no_grad():
+                pending = torch.tensor([self.pending], device=self.model.device)
+                self.model(pending, cache=self.cache, logits_to_keep=1)
+            self.pending = []
+        self.cache.save(path)
+
+    def load(self, path: Path) -> int:
+        """Goes on from what `save` wrote; returns the number of tokens in it. Raises OSError or ValueError."""
+        cache = RecurrentGemmaCache.load(path, self.model.config, device=self.model.device)
+        if cache.batch_size != 1:
+            raise ValueError(f"{path} holds {cache.batch_size} conversations; a chat goes on from exactly one")
+        self.cache, self.pending = cache, []
+        return cache.get_seq_length()
+
+    def _encode(self, text: str) -> list[int]:
+        """The tokens that `text` adds to the conversation."""
+        begins = not self.pending and self.cache.get_seq_length() == 0
+        if self.has_template:
+            # A template writes its own beginning-of-sequence token.
+            return self.tokenizer(self._turn(text, begins), add_special_tokens=False)["input_ids"]
+        return self.tokenizer(text if begins else f"\n{text}", add_special_tokens=begins)["input_ids"]
+
+    def _turn(self, text: str, begins: bool) -> str:
+        """What the chat template writes for `text`: at the beginning, or between an answer and the next one."""
+        question = {"role": "user", "content": text}
+        if begins:
+            return self.tokenizer.apply_chat_template([question], tokenize=False, add_generation_prompt=True)
+        # What was said before is in the cache, so any earlier turn will do to learn what follows an answer.
+        answer = "an earlier answer"
+        earlier = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
+        turns = self.tokenizer.apply_chat_template([*earlier, question], tokenize=False, add_generation_prompt=True)
+        return turns.partition(answer)[2]
+
+
+class Meter(TextStreamer):
+    """A streamer that prints, and takes the time of every token."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, echo: bool) -> None:
+        super().__init__(tokenizer, skip_prompt=not echo, skip_special_tokens=True)
+        self.prompt_tokens = 0
+        self.times = [time.perf_counter()]
+
+    def put(self, value: torch.Tensor) -> None:
+        """Called by generate() with the prompt first (1, T), then with every new token (1,)."""
+        if self.prompt_tokens:
+            self.times.append(time.perf_counter())
+        else:
+            self.prompt_tokens = value.numel()
+        super().put(value)
+
+    def report(self) -> str:
+        """How long the prompt took, and how many tokens came per second after the first one."""
+        start, first, last = self.times[0], self.times[1], self.times[-1]
+        prompt = f"{self.prompt_tokens} prompt tokens in {first - start:.2f} s"
+        written = len(self.times) - 1
+        if written == 1:
+            return f"{prompt}, 1 token written"
+        return f"{prompt}, {written} tokens written at {(written - 1) / (last - first):.1f} tokens/s"
+
+
+@contextmanager
+def _interrupt_as_criterion() -> Iterator[Callable[..., torch.Tensor]]:
+    """The first Ctrl-C ends the answer between two tokens, where the cache is whole; a second one ends the program."""
+    stopped = False
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        nonlocal stopped
+        if stopped:
+            raise KeyboardInterrupt
+        stopped = True
+
+    def is_stopped(input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        return torch.full((input_ids.shape[0],), stopped, device=input_ids.device)
+
+    previous = signal.signal(signal.SIGINT, stop)
+    try:
+        yield is_stopped
+    finally:
+        signal.signal(signal.SIGINT, previous)

@@ -1,0 +1,171 @@
+"""What the commands share: the user's mistakes, notes, tables, and the model that is meant.
+
+What is slow to import (torch, Transformers, rich) is imported where it is used: `--help` and `--version` do without.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    import torch
+    from rich.table import Column
+    from transformers import PreTrainedTokenizerBase
+
+    from .. import RecurrentGemmaConfig, RecurrentGemmaForCausalLM
+
+DTYPES = ("auto", "float32", "bfloat16")
+DEMO = "the bundled demo"
+# For commands that hand all their arguments on, --help included.
+PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+
+ModelOption = Annotated[
+    str | None, typer.Option("--model", "-m", help="A checkpoint folder or a Hub id; the bundled demo by default.")
+]
+ConfigOption = Annotated[
+    str | None,
+    typer.Option("--model", "-m", help="A checkpoint folder, a Hub id or a preset such as recurrentgemma-2b."),
+]
+DtypeOption = Annotated[
+    str, typer.Option(help="auto, float32 or bfloat16. auto is the checkpoint's, where this CPU is fast in it.")
+]
+DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps, ...; the fastest here by default.")]
+
+
+class Problem(Exception):
+    """What is wrong and what to do, in one sentence for the user. `main` prints it and exits with status 2."""
+
+
+@contextmanager
+def reported(*kinds: type[Exception], as_: str = "{}") -> Iterator[None]:
+    """Raise a Problem for errors of these kinds; `as_` is its message, with {} for the first line of the error's.
+
+    Transformers writes more below that line.
+    """
+    try:
+        yield
+    except kinds as error:
+        line = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise Problem(as_.replace("{}", line)) from error
+
+
+def note(message: str) -> None:
+    """Write one line to stderr."""
+    typer.echo(f"recurrent-gemma: {message}", err=True)
+
+
+def print_table(
+    title: str, columns: Sequence[str | Column], rows: Iterable[Sequence[str]], caption: str = "", **style: Any
+) -> None:
+    """Print a table of strings; `style` goes to rich's Table."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    # A Text, because a string would be read as markup: [...] in a path would not be shown.
+    table = Table(*columns, title=Text(title), caption=caption, title_justify="left", caption_justify="left", **style)
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+def locate(model: str | None) -> str:
+    """Return the checkpoint that the user means: the demo, a folder, or else a Hub id."""
+    from .. import demo_checkpoint
+
+    if model is None:
+        return demo_checkpoint()
+    path = Path(model).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise Problem(f"{model} has no config.json; give the folder that save_pretrained or a download wrote")
+        return str(path)
+    if path.is_file():
+        raise Problem(f"{model} is a file; give the folder it is in")
+    if model.count("/") != 1 or model.startswith((".", "/", "~")):
+        raise Problem(
+            f"there is no folder {model}; give a checkpoint folder or a Hub id such as google/recurrentgemma-2b-it"
+        )
+    return model
+
+
+def find_config(model: str | None) -> RecurrentGemmaConfig:
+    """Return the config of a preset or of a checkpoint, without reading its weights."""
+    from .. import PRESETS, RecurrentGemmaConfig
+
+    return RecurrentGemmaConfig.from_preset(model) if model in PRESETS else read_config(locate(model))
+
+
+def read_config(location: str) -> RecurrentGemmaConfig:
+    """Return the config of a folder or a Hub id."""
+    from transformers import AutoConfig
+
+    from .. import RecurrentGemmaConfig
+
+    with reported(OSError, ValueError, as_=f"cannot read the config of {location}: {{}}"):
+        config = AutoConfig.from_pretrained(location)
+    if not isinstance(config, RecurrentGemmaConfig):
+        raise Problem(f"{location} is a {config.model_type} checkpoint; give one of type recurrent_gemma")
+    return config
+
+
+def load(
+    model: str | None, dtype: str, device: str | None
+) -> tuple[RecurrentGemmaForCausalLM, PreTrainedTokenizerBase]:
+    """Return the model, ready on its device, and its tokenizer."""
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM, AutoTokenizer, logging
+
+    location = locate(model)
+    config = read_config(location)
+    chosen_device = pick_device(device)
+    # Left out, from_pretrained chooses: the checkpoint's dtype, float32 where this CPU is slow in bfloat16.
+    chosen_dtype = {} if dtype == "auto" else {"dtype": pick_dtype(dtype, chosen_device, config)}
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    with reported(OSError, ValueError, RuntimeError, SafetensorError, as_=f"cannot load {location}: {{}}"):
+        tokenizer = AutoTokenizer.from_pretrained(location)
+        loaded = AutoModelForCausalLM.from_pretrained(location, device_map=str(chosen_device), **chosen_dtype)
+    # Without its files, AutoTokenizer makes an empty tokenizer, to which every text is unknown.
+    if tokenizer("a", add_special_tokens=False)["input_ids"] in ([], [tokenizer.unk_token_id]):
+        raise Problem(f"{location} has no tokenizer; put tokenizer.json and tokenizer_config.json there")
+    if len(tokenizer) > config.vocab_size:
+        raise Problem(
+            f"the tokenizer of {location} has {len(tokenizer)} tokens, its model {config.vocab_size}; put the "
+            "model's own tokenizer there"
+        )
+    return loaded, tokenizer
+
+
+def pick_device(name: str | None) -> torch.device:
+    """Return the device of that name, after a tensor was made on it; the fastest there is for None."""
+    import torch
+
+    if name is None:
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    message = f"--device {name} cannot be used here ({{}}); leave it out to use the fastest there is"
+    with reported(RuntimeError, AssertionError, NotImplementedError, as_=message):
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    return device
+
+
+def pick_dtype(name: str, device: torch.device, config: RecurrentGemmaConfig) -> torch.dtype:
+    """Return the dtype that `name` asks for; "auto" is what from_pretrained takes."""
+    import torch
+
+    from ..cpu_linear import is_cpu_without_bfloat16
+
+    if name not in DTYPES:
+        raise Problem(f"--dtype {name} is unknown; give one of {', '.join(DTYPES)}")
+    if name != "auto":
+        return getattr(torch, name)
+    if config.dtype is None or is_cpu_without_bfloat16(device):
+        return torch.float32
+    return config.dtype

@@ -3,13 +3,12 @@ against the official code. All results are written to memory full of NaN.
 """
 
 import math
-import sys
 
 import pytest
 import torch
 from small_models import build, tiny_config
 
-from recurrent_gemma_hf import RecurrentGemmaCache, RecurrentGemmaForCausalLM, set_backend
+from recurrent_gemma_hf import RecurrentGemmaCache, RecurrentGemmaForCausalLM, scan, set_backend
 from recurrent_gemma_hf import modeling_recurrent_gemma as modeling
 from recurrent_gemma_hf import recurrent_block as module
 from recurrent_gemma_hf import recurrent_block_triton as kernels
@@ -493,7 +492,7 @@ def test_auto_leaves_gpus_whose_registers_are_too_few(monkeypatch, capability: t
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    caches = module._suits, sys.modules["recurrent_gemma_hf.scan"]._triton_refusal
+    caches = module._suits, scan._triton_refusal
     for cache in caches:
         cache.cache_clear()
     try:

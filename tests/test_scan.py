@@ -3,7 +3,6 @@
 import importlib.util
 import logging
 import shutil
-import sys
 
 import pytest
 import torch
@@ -11,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from recurrent_gemma_hf import scan as module
 from recurrent_gemma_hf import set_backend
 from recurrent_gemma_hf.scan import (
     available_backends,
@@ -19,9 +19,6 @@ from recurrent_gemma_hf.scan import (
     linear_recurrence_reference,
     resolve_backend,
 )
-
-# The package may export the function under the module's name, so the module itself is taken from where Python keeps it.
-module = sys.modules["recurrent_gemma_hf.scan"]
 
 PORTABLE = ("chunked", "reference")  # the kernels have a file of their own: test_scan_triton.py
 

@@ -3,11 +3,10 @@
 All results are written to memory full of NaN, so a kernel that leaves an element out cannot pass.
 """
 
-import sys
-
 import pytest
 import torch
 
+from recurrent_gemma_hf import scan as module
 from recurrent_gemma_hf import scan_triton as kernels
 from recurrent_gemma_hf.scan import (
     linear_recurrence,
@@ -19,8 +18,6 @@ from recurrent_gemma_hf.scan import (
 from recurrent_gemma_hf.scan_triton import Tile
 from tests.test_scan import assert_near, in_float64, make_inputs, make_reset, results
 from tests.triton_interpreter import fast_scan, poisoned  # noqa: F401 (a fixture)
-
-module = sys.modules["recurrent_gemma_hf.scan"]
 
 
 @pytest.fixture(autouse=True)

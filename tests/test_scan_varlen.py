@@ -1,13 +1,9 @@
 """Sequences one behind the other, states in a pool: each must be the same as the sequence alone."""
 
-import sys
-
 import pytest
 import torch
 
 from recurrent_gemma_hf.scan import linear_recurrence_reference, linear_recurrence_varlen
-
-module = sys.modules["recurrent_gemma_hf.scan"]
 
 LENGTHS = [[1], [5, 1, 12], [1, 1, 1, 1], [3, 0, 70, 0, 0, 2], [0, 4], [0, 130, 1, 0]]
 

@@ -34,10 +34,10 @@ def _enter(constants: ModuleType) -> None:
     """Enter every linear layer where Gemma has LoRA's default (q and v), and the corresponding modules elsewhere."""
     lora = constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING["gemma"]
     for table in vars(constants).values():
-        if not isinstance(table, dict) or "gemma" not in table:
-            continue
-        names = LINEAR_LAYERS if table["gemma"] == lora else [n for g in table["gemma"] for n in _OF_GEMMA[g]]
-        table.setdefault(MODEL_TYPE, list(names))
+        gemma = table.get("gemma") if isinstance(table, dict) else None
+        if isinstance(gemma, list):
+            names = LINEAR_LAYERS if gemma == lora else [ours for name in gemma for ours in _OF_GEMMA.get(name, ())]
+            table.setdefault(MODEL_TYPE, list(names))
 
 
 def register() -> None:

@@ -9,7 +9,7 @@ papers' sizes start from RecurrentGemmaConfig.from_preset("griffin-paper-7b"). R
 
 For 2B and 9B, change the data and the loop: this script keeps the text in memory and trains on one device in float32.
 At those sizes use Trainer with a streamed data set, bf16=True and FSDP (docs/training.md), starting from
-RecurrentGemmaForCausalLM(RecurrentGemmaConfig.from_preset("recurrentgemma-2b")), and parameter_groups for weight decay.
+RecurrentGemmaForCausalLM(RecurrentGemmaConfig.from_preset("recurrentgemma-2b")), and GriffinTrainerMixin.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 import train_demo
 
-from recurrent_gemma_hf import RecurrentGemmaConfig, RecurrentGemmaForCausalLM
+from recurrent_gemma_hf import RecurrentGemmaConfig, RecurrentGemmaForCausalLM, parameter_groups
 
 
 def read_config(path: Path) -> RecurrentGemmaConfig:
@@ -51,7 +51,9 @@ def run(options: argparse.Namespace) -> None:
     torch.manual_seed(settings.seed)
     model = RecurrentGemmaForCausalLM(config)
     print(f"{model.num_parameters() / 1e6:.2f} M parameters, {len(training):,} tokens of training text")
-    for row in train_demo.train(model, training, validation, settings):
+    groups = parameter_groups(model, settings.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=settings.adam_betas)
+    for row in train_demo.train(model, optimizer, training, validation, settings):
         print(json.dumps(row))
     partial = options.output.with_name(options.output.name + ".partial")
     train_demo.save(model, tokenizer, partial)

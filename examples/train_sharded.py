@@ -78,7 +78,7 @@ def main() -> None:
     rows = ranks // args.ranks_per_sequence
     mesh = init_device_mesh(device.type, (rows, args.ranks_per_sequence), mesh_dim_names=("dp", "cp"))
     model = load_sharded(args.model, args.bf16)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate)
+    optimizer = torch.optim.AdamW(recurrent_gemma_hf.parameter_groups(model), lr=args.learning_rate)
     tokens = read_tokens(args.text, args.model, at_least=rows * args.length)
     progress = tqdm(range(args.steps), disable=rank > 0)
     for step in progress:

@@ -21,7 +21,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 import recurrent_gemma_hf
 from recurrent_gemma_hf import PRESETS, RecurrentGemmaCache, RecurrentGemmaConfig, RecurrentGemmaForCausalLM
 from recurrent_gemma_hf.cli import conversation, shared
-from recurrent_gemma_hf.scan import resolve_backend
 
 SPECIAL_TOKENS = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]
 END_OF_TURN = SPECIAL_TOKENS.index("<end_of_turn>")
@@ -473,9 +472,8 @@ def test_info_agrees_with_the_model_and_loads_no_weights(copied):
         "transformer_cache_bytes": {str(length): length * 2 * 3 * 8 * 2 for length in (8192, 131072)},
         "device": "cpu",
         "dtype": "float32",
-        "recurrence_backend": resolve_backend("auto", torch.device("cpu"), torch.float32),
-        "block_backend": "portable",
-        "block_backends": {
+        "backend": "portable",
+        "backends": {
             kind: dict.fromkeys(("float32", "bfloat16"), name)
             for kind, name in {"cuda": "triton", "xpu": "triton", "mps": "portable", "cpu": "portable"}.items()
         },

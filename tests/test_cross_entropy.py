@@ -4,7 +4,6 @@ Shape suffixes: B batch, T tokens, N tokens, E hidden_size, V vocabulary.
 """
 
 import copy
-import sys
 
 import pytest
 import torch
@@ -16,16 +15,15 @@ from transformers import GemmaConfig
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.trainer_pt_utils import LabelSmoother
 
-from recurrent_gemma_hf import RecurrentGemmaForCausalLM, linear_cross_entropy
+from recurrent_gemma_hf import RecurrentGemmaForCausalLM, cross_entropy, linear_cross_entropy
 
-MODULE = sys.modules["recurrent_gemma_hf.cross_entropy"]
 IGNORED = -100
 V = tiny_config().vocab_size
 
 
 @pytest.fixture(params=[2**27, 1000, 7], ids=["one block", "blocks", "rows and columns one by one"])
 def blocks(request, monkeypatch):
-    monkeypatch.setattr(MODULE, "BLOCK_ELEMENTS", request.param)
+    monkeypatch.setattr(cross_entropy, "BLOCK_ELEMENTS", request.param)
 
 
 def problem(N: int = 63, E: int = 24, V: int = 131, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
@@ -117,7 +115,7 @@ def test_autocast_computes_in_its_dtype():
 
 def test_never_holds_the_logits(monkeypatch):
     """Peak of all allocations of a forward and backward: less than half of the logits (42 MB), most of it gradients."""
-    monkeypatch.setattr(MODULE, "BLOCK_ELEMENTS", 2**18)
+    monkeypatch.setattr(cross_entropy, "BLOCK_ELEMENTS", 2**18)
     N, E, V = 512, 32, 20_480
     x, weight = torch.randn(N, E, requires_grad=True), torch.randn(V, E, requires_grad=True)
     peaks = {}
@@ -151,8 +149,8 @@ def test_operators_keep_their_contract():
     x, weight, labels, _ = problem(N=5, E=3, V=4, dtype=torch.float64)
     arguments = (x, weight, labels.remainder(4), 3.0, 0.1, IGNORED, True)
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
-    torch.library.opcheck(MODULE._token_losses, arguments, test_utils=checks)
-    assert torch.autograd.gradcheck(lambda x, w: MODULE._token_losses(x, w, *arguments[2:])[0], (x, weight))
+    torch.library.opcheck(cross_entropy._token_losses, arguments, test_utils=checks)
+    assert torch.autograd.gradcheck(lambda x, w: cross_entropy._token_losses(x, w, *arguments[2:])[0], (x, weight))
 
 
 @pytest.mark.parametrize("bad", [-1, 131, -101])
@@ -306,7 +304,7 @@ def test_compiled_model():
 @pytest.mark.parametrize("what", ["adapter on the head", "resized", "resized and tied", "bias"])
 def test_heads_of_other_kinds(what, monkeypatch):
     """Where the head is more than its weight, blocks of tokens go through it: the same again."""
-    monkeypatch.setattr(MODULE, "BLOCK_ELEMENTS", 10 * V)
+    monkeypatch.setattr(cross_entropy, "BLOCK_ELEMENTS", 10 * V)
     model = build(tiny_config(tie_word_embeddings=what == "resized and tied"), seed=3).train()
     inputs = batch()
     if what == "adapter on the head":

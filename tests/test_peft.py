@@ -3,15 +3,24 @@
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from peft import LoraConfig, PeftModel, PeftType, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import constants
 from small_models import VARIANTS, build, tiny_config
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 
-from recurrent_gemma_hf import RecurrentGemmaForCausalLM, RecurrentGemmaForSequenceClassification, demo_checkpoint
+from recurrent_gemma_hf import (
+    RecurrentGemmaForCausalLM,
+    RecurrentGemmaForSequenceClassification,
+    demo_checkpoint,
+    peft_defaults,
+)
 
 # peft asks for it under the old name, which Transformers 5.23 is about to retire.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -75,6 +84,76 @@ def test_a_classifier_keeps_its_head_out_of_all_linear():
     assert any("score.modules_to_save" in name for name, p in model.named_parameters() if p.requires_grad)
 
 
+# ---------------------------------------------------------------- defaults of every method
+
+
+def tables_for_gemma(module: ModuleType) -> dict[str, dict]:
+    return {name: table for name, table in vars(module).items() if isinstance(table, dict) and "gemma" in table}
+
+
+# The methods that have a default for Gemma, each by the tables that its tuner reads.
+METHODS = {
+    kind.value: tables
+    for kind, tuner in PEFT_TYPE_TO_TUNER_MAPPING.items()
+    if (tables := tables_for_gemma(sys.modules[tuner.__module__]))
+}
+# What a method cannot do without, and sizes that fit a model 48 wide where its defaults are for larger ones.
+OPTIONS = {
+    "ADALORA": {"total_step": 10},
+    "C3A": {"block_size": 12},
+    "FOURIERFT": {"n_frequency": 50},
+    "MISS": {"r": 4},
+    "PSOFT": {"r": 4},
+    "ROAD": {"group_size": 4},
+    "SHIRA": {"r": 4},
+    "VBLORA": {"vector_length": 12},
+    "WAVEFT": {"n_frequency": 50},
+}
+
+
+def test_no_table_is_left_out():
+    assert set().union(*METHODS.values()) == set(tables_for_gemma(constants))
+
+
+@pytest.mark.parametrize("table", tables_for_gemma(constants).values(), ids=tables_for_gemma(constants))
+def test_every_table_with_gemma_has_us(table):
+    """And names modules of the model alone: where Gemma's are its norms, ours are all norms, and so on."""
+    modules = dict(base().named_modules())
+    ends = {name.split(".")[-1] for name in modules}
+    assert set(table["recurrent_gemma"]) <= ends
+    expected = {
+        ("q_proj", "v_proj"): set(peft_defaults.LINEAR_LAYERS),
+        ("input_layernorm", "post_attention_layernorm", "norm"): {e for e in ends if e.endswith("_norm")},
+        ("q_proj", "v_proj", "down_proj"): {"q_proj", "v_proj", "linear_x", "linear_y", "down_proj"},
+        ("v_proj",): {"v_proj", "linear_x"},
+        ("down_proj",): {"down_proj"},
+    }
+    assert set(table["recurrent_gemma"]) == expected.get(tuple(table["gemma"]), set(peft_defaults.LINEAR_LAYERS))
+
+
+# PEFT's own: what a method adjusts, cannot merge, or would do faster with a compiler for CUDA.
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_without_target_modules(method):
+    """All of what it adds has gradients, and one step of gradient descent lowers the loss."""
+    torch.manual_seed(7)
+    config = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(method)](task_type="CAUSAL_LM", **OPTIONS.get(method, {}))
+    model = get_peft_model(build(tiny_config(), seed=3), config).train()
+    inputs = {"input_ids": IDS, "labels": IDS} | ({"task_ids": torch.tensor([0])} if method == "POLY" else {})
+    before = model(**inputs).loss
+    before.backward()
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in trained.values())
+    square = sum(p.grad.square().sum() for p in trained.values())
+    assert square > 0
+    with torch.no_grad():
+        for parameter in trained.values():
+            parameter -= 0.01 * parameter.grad / square.sqrt()
+    assert model.eval()(**inputs).loss < before
+    adapted = {name.split(".")[-1] for name, layer in model.named_modules() if isinstance(layer, BaseTunerLayer)}
+    assert adapted == {name for table in METHODS[method].values() for name in table["recurrent_gemma"]}
+
+
 @pytest.mark.parametrize("first", ["recurrent_gemma_hf", "peft"])
 def test_defaults_are_there_in_any_order_of_imports_and_cost_none(first):
     second = {"recurrent_gemma_hf": "peft", "peft": "recurrent_gemma_hf"}[first]
@@ -82,11 +161,10 @@ def test_defaults_are_there_in_any_order_of_imports_and_cost_none(first):
 import sys, {first}
 assert {first == "peft"} or "peft" not in sys.modules, "importing the package must not import peft"
 import {second}
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import constants
 from recurrent_gemma_hf import peft_defaults
 assert constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING["recurrent_gemma"] == peft_defaults.LINEAR_LAYERS
-assert "recurrent_gemma" not in constants.TRANSFORMERS_MODELS_TO_LNTUNING_TARGET_MODULES_MAPPING
-assert not any(type(finder).__module__ == peft_defaults.__name__ for finder in sys.meta_path)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-1500:]

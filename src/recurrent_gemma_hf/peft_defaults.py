@@ -1,55 +1,45 @@
-"""What PEFT adapts where a config names no `target_modules`: every linear layer, as with "all-linear".
+"""Says what PEFT adapts in this model where a config names no `target_modules`.
 
-PEFT keeps one table per method from model types to names. Ours are entered as soon as PEFT is imported, whenever that
-is: importing it here would cost everybody a second or two.
+PEFT keeps one table per method, from model types to names of modules. The entries for this model are made from those
+for Gemma as soon as PEFT is imported, whenever that is: importing it here would cost everybody a second or two.
 """
 
-import importlib.machinery
-import sys
-from collections.abc import Sequence
-from importlib.abc import MetaPathFinder
 from types import ModuleType
 
-MODEL_TYPE = "recurrent_gemma"
+import wrapt
+
+from .auto_classes import MODEL_TYPE
+
 LINEAR_LAYERS = [
     "q_proj", "k_proj", "v_proj", "o_proj", "linear_x", "linear_y", "linear_out", "gate_proj", "up_proj", "down_proj",
 ]  # fmt: skip
-_TABLES = "peft.utils.constants"
+
+# Gemma's modules, and what has their part in our attention layers and recurrent layers: the recurrence runs over
+# linear_x as attention sums values, and linear_y decides per token what is read of it, as a query does.
+_OF_GEMMA = {
+    "q_proj": ("q_proj", "linear_y"),
+    "k_proj": ("k_proj",),
+    "v_proj": ("v_proj", "linear_x"),
+    "o_proj": ("o_proj", "linear_out"),
+    "gate_proj": ("gate_proj",),
+    "up_proj": ("up_proj",),
+    "down_proj": ("down_proj",),
+    "input_layernorm": ("temporal_pre_norm",),
+    "post_attention_layernorm": ("channel_pre_norm",),
+    "norm": ("final_norm",),
+}
 
 
 def _enter(constants: ModuleType) -> None:
-    """Into the table for LoRA and those that PEFT copied from it; others mean other layers (norms, values alone)."""
-    lora = dict(constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING)
+    """Enter every linear layer where Gemma has LoRA's default (q and v), and the corresponding modules elsewhere."""
+    lora = constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING["gemma"]
     for table in vars(constants).values():
-        if isinstance(table, dict) and table == lora:
-            table.setdefault(MODEL_TYPE, list(LINEAR_LAYERS))
-
-
-class _WhenImported(MetaPathFinder):
-    """Lets PEFT's tables be found as usual, once, and enters ours right after they are made."""
-
-    def find_spec(
-        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        if name != _TABLES:
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.machinery.PathFinder.find_spec(name, path)
-        if spec is None or spec.loader is None:
-            return spec
-        execute = spec.loader.exec_module
-
-        def execute_and_enter(module: ModuleType) -> None:
-            execute(module)
-            _enter(module)
-
-        spec.loader.exec_module = execute_and_enter  # type: ignore[method-assign]
-        return spec
+        gemma = table.get("gemma") if isinstance(table, dict) else None
+        if isinstance(gemma, list):
+            names = LINEAR_LAYERS if gemma == lora else [ours for name in gemma for ours in _OF_GEMMA.get(name, ())]
+            table.setdefault(MODEL_TYPE, list(names))
 
 
 def register() -> None:
-    """Enters our defaults now or when PEFT is imported; called when this package is."""
-    if _TABLES in sys.modules:
-        _enter(sys.modules[_TABLES])
-    elif not any(isinstance(finder, _WhenImported) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _WhenImported())
+    """Enter the defaults now if PEFT is imported, else when it is."""
+    wrapt.register_post_import_hook(_enter, "peft.utils.constants")

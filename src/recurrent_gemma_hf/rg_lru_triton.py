@@ -183,7 +183,7 @@ def rg_lru_backward_kernel(
                 a, _, gated, _, _ = coefficients(
                     r, i, x[k], log_a_scale, is_set(reset_ptr, reset_row, t, T), is_padding
                 )
-                before = before + (a * before[k] + gated,)  # noqa: RUF005
+                before = before + (a * before[k] + gated,)  # type: ignore[assignment]  # noqa: RUF005
             for k in tl.static_range(ROWS - 1, -1, -1):
                 t = start + k
                 inside = within(is_channel, t, T)

@@ -58,8 +58,8 @@ def linear_recurrence(x_BTD: Tensor, a_BTD: Tensor, h0_BD: Tensor | None = None)
         return linear_recurrence_reference(x_BTD, a_BTD, h0_BD)
     dtype = _accumulation_dtype(x_BTD, a_BTD, h0_BD)
     if x_BTD.shape[1] == 1:  # a step of decoding: nothing to scan, and autograd needs no help
-        h_BD = x_BTD[:, 0].to(dtype)
-        h_BD = h_BD if h0_BD is None else torch.addcmul(h_BD, a_BTD[:, 0].to(dtype), h0_BD.to(dtype))
+        x_BD, a_BD = x_BTD[:, 0].to(dtype), a_BTD[:, 0].to(dtype)
+        h_BD = torch.addcmul(x_BD, a_BD, torch.zeros_like(x_BD) if h0_BD is None else h0_BD.to(dtype))
         return h_BD.unsqueeze(1).to(x_BTD.dtype), h_BD
     h_BTD, h_last_BD = _scan(x_BTD, a_BTD, h0_BD, use_triton(x_BTD.device, torch.promote_types(dtype, x_BTD.dtype)))
     return h_BTD.to(x_BTD.dtype), h_last_BD

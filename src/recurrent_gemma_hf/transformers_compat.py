@@ -2,8 +2,9 @@
 
 It holds the releases that are tested, how they differ, and the names that we override or that no page of the
 documentation promises. Other files import from the top level of `transformers` and the rest from here;
-tests/test_transformers_compat.py holds them to it, and the lists below to the code. A checkpoint carries this file to
-the Hub with the others.
+tests/test_transformers_compat.py holds them to it, and the lists below to the code. One name is elsewhere: `_modules`
+of the Auto mappings, in auto_classes.py, which must not import Transformers. A checkpoint carries this file to the Hub
+with the others.
 """
 
 from __future__ import annotations

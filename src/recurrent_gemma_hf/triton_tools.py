@@ -115,7 +115,7 @@ def load_rows(pointers, stride, start, T, is_channel, other, ROWS: tl.constexpr)
     for k in tl.static_range(ROWS):
         t = start + k
         row = tl.load(pointers + t * stride, mask=within(is_channel, t, T), other=other)
-        rows = rows + (row.to(tl.float32),)  # noqa: RUF005
+        rows = rows + (row.to(tl.float32),)  # type: ignore[assignment]  # noqa: RUF005
     return rows
 
 

@@ -83,24 +83,19 @@ def _cache_bytes(config: RecurrentGemmaConfig) -> int:
 def _describe_computation(config: RecurrentGemmaConfig, dtype: str, device: str | None) -> dict[str, Any]:
     import torch
 
-    from ..recurrent_block import resolve_block_backend
-    from ..scan import resolve_backend
+    from ..backend import use_triton
 
-    head_width = config.lru_width // config.num_attention_heads
-
-    def block_backend(device: torch.device | str, dtype: torch.dtype) -> str:
-        return resolve_block_backend(device, dtype, head_width, config.hidden_activation)
+    def backend(device: torch.device, dtype: torch.dtype) -> str:
+        return "triton" if use_triton(device, dtype) else "portable"
 
     chosen_device = pick_device(device)
     chosen_dtype = pick_dtype(dtype, chosen_device, config)
-    recurrence_dtype = torch.promote_types(chosen_dtype, torch.float32)  # gates and states are never narrower
     return {
         "device": str(chosen_device),
         "dtype": str(chosen_dtype).removeprefix("torch."),
-        "recurrence_backend": resolve_backend("auto", chosen_device, recurrence_dtype),
-        "block_backend": block_backend(chosen_device, chosen_dtype),
-        "block_backends": {
-            kind: {name: block_backend(kind, getattr(torch, name)) for name in DTYPES if name != "auto"}
+        "backend": backend(chosen_device, chosen_dtype),
+        "backends": {
+            kind: {name: backend(torch.device(kind), getattr(torch, name)) for name in DTYPES if name != "auto"}
             for kind in ("cuda", "xpu", "mps", "cpu")
         },
     }
@@ -125,10 +120,9 @@ def _print_table(facts: dict[str, Any]) -> None:
         "weights": ", ".join(f"{decimal(size)} in {dtype}" for dtype, size in facts["weight_bytes"].items()),
         "cache per sequence": f"{decimal(facts['cache_bytes'])} at any length",
         "a transformer's cache": ", ".join(f"{decimal(size)} at {length:,} tokens" for length, size in lengths.items()),
-        "computes here": f"on {facts['device']} in {facts['dtype']}, recurrent blocks by {facts['block_backend']!r}, "
-        f"recurrence alone by {facts['recurrence_backend']!r}",
+        "computes here": f"on {facts['device']} in {facts['dtype']}, recurrent blocks by {facts['backend']!r}",
         "recurrent blocks": "; ".join(
-            f"{name!r} on {', '.join(places)}" for name, places in _places_by_backend(facts["block_backends"]).items()
+            f"{name!r} on {', '.join(places)}" for name, places in _places_by_backend(facts["backends"]).items()
         ),
     }
     caption = (

@@ -40,7 +40,7 @@ test-newest: $(NEWEST)/installed-test
 
 # The oldest environment holds the built wheel rather than a link to src/: what users install is what is tested. Kernels
 # and benchmarks, the slowest tests, do not depend on the version of Transformers and run on the newest alone.
-SAME_ON_EVERY_TRANSFORMERS := scan scan_triton recurrent_block_triton compiled_kernels benchmarks
+SAME_ON_EVERY_TRANSFORMERS := scan backend kernels compiled_kernels benchmarks
 test-oldest: $(OLDEST)/installed-wheel
 	$(OLDEST)/bin/python $(PYTEST) $(SAME_ON_EVERY_TRANSFORMERS:%=--ignore tests/test_%.py)
 

@@ -85,7 +85,23 @@ FLOAT32 = (
 )
 
 
+OPTIONAL = [f"{name}_ptr" for name in "h0 reset is_padding conv_tap_mask index decay end".split()]
+
+
 def cases():
+    """The `full_cases`, and each of them with nothing that can be left out: what stands behind `if pointer is None`
+    is compiled only then."""
+    for name, kernel, dtypes, constants, warps in full_cases():
+        yield name, kernel, dtypes, constants, warps
+        absent = [pointer for pointer in OPTIONAL if pointer in kernel.arg_names]
+        if constants.get("SUMMARY"):
+            absent = [pointer for pointer in absent if pointer not in ("decay_ptr", "end_ptr")]
+        if "backward" not in name:
+            absent += [pointer for pointer in kernel.arg_names if pointer == "carries_ptr"]
+        yield f"{name}, bare", kernel, dtypes, {**constants, **dict.fromkeys(absent)}, warps
+
+
+def full_cases():
     """name, kernel, dtypes of its pointers, constants, warps: with everything that can be there, at the published
     shape (heads 256 wide, four taps); bfloat16 and float32."""
     walk = {"CHANNELS": triton_tools.CHANNELS, "ROWS": triton_tools.UNROLLED}

@@ -304,7 +304,7 @@ def test_the_model_with_kernels_equals_the_official_one():
     oracles = pytest.importorskip("oracles")
     config = tiny_config("wide_lru")
     model = build(config)
-    tokens = torch.randint(config.vocab_size, (2, 17))
+    tokens = torch.randint(config.vocab_size, (2, 9))
     official = oracles.official_torch(config, model.state_dict())
     wanted = oracles.official_torch_logits(official, tokens)
     set_backend("triton")
@@ -360,6 +360,39 @@ def test_prefill_chunks_and_steps_share_one_cache(model):
         pieces.append(model(ids[:, first:stop], past_key_values=cache).logits)
     torch.testing.assert_close(torch.cat(pieces, dim=1), whole, rtol=1e-5, atol=1e-5)
     assert [tensor.data_ptr() for tensor in cache.layers[0].tensors().values()] == addresses
+
+
+@torch.no_grad()
+def test_steps_in_bfloat16_take_the_kernels_of_one_token(model, monkeypatch):
+    """Eager and compiled, a row that holds among them: as the portable code within bfloat16's rounding."""
+    from recurrent_gemma_hf import rg_lru_step_triton
+
+    model = model.bfloat16()
+    ids, mask = torch.randint(1, 265, (2, 9)), torch.ones(2, 9, dtype=torch.int64)
+    mask[0, 6] = 0
+    calls = []
+    launched = rg_lru_step_triton.step
+    monkeypatch.setattr(rg_lru_step_triton, "step", lambda *args: calls.append(1) or launched(*args))
+
+    def read(run):
+        cache = RecurrentGemmaCache(model.config)
+        logits = [model(ids[:, :5], attention_mask=mask[:, :5], past_key_values=cache).logits]
+        addresses = [tensor.data_ptr() for tensor in cache.layers[0].tensors().values()]
+        for t in range(5, 9):
+            logits.append(run(ids[:, t : t + 1], attention_mask=mask[:, : t + 1], past_key_values=cache).logits)
+        assert [tensor.data_ptr() for tensor in cache.layers[0].tensors().values()] == addresses
+        return torch.cat(logits, dim=1)[mask.bool()], cache.layers[0].recurrent_states[0].clone()
+
+    expected, actual = both(lambda: read(model))
+    assert len(calls) == 4
+    set_backend("triton")
+    torch._dynamo.reset()
+    compiled = read(torch.compile(model, fullgraph=True, backend="aot_eager"))
+    torch._dynamo.reset()
+    assert len(calls) == 8
+    for mine in (actual, compiled):
+        for one, other in zip(mine, expected, strict=True):
+            torch.testing.assert_close(one.float(), other.float(), rtol=0.02, atol=0.04)
 
 
 def test_generation_in_every_mode(model):

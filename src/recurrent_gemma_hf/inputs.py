@@ -35,12 +35,15 @@ class InputMask(NamedTuple):
             return InputMask(attention_mask["tokens"], None, seen)
         if attention_mask.ndim == 4:
             return InputMask(None, attention_mask, seen)
-        if attention_mask.ndim != 2 or attention_mask.shape != (B, seen + T):
+        fits = attention_mask.ndim == 2 and attention_mask.shape[0] == B
+        # A compiled step does not know how many columns there were, see `_Progress.compiled_columns`.
+        columns = max(T, attention_mask.shape[-1]) if torch.compiler.is_compiling() else seen + T
+        if not fits or attention_mask.shape[1] != columns:
             raise ValueError(
                 f"attention_mask of shape {tuple(attention_mask.shape)} must be (batch, columns so far + new ones) = "
                 f"({B}, {seen} + {T}), or 4D"
             )
-        return InputMask(attention_mask[:, seen:].bool(), None, seen)
+        return InputMask(attention_mask[:, -T:].bool(), None, seen)
 
 
 def document_positions(

@@ -37,7 +37,7 @@ from torch.nn import functional as F
 
 from recurrent_gemma_hf import RecurrentGemmaConfig, set_backend
 from recurrent_gemma_hf.backend import BACKENDS
-from recurrent_gemma_hf.modeling_recurrent_gemma import RecurrentGemmaRecurrentBlock, Step
+from recurrent_gemma_hf.modeling_recurrent_gemma import LayerInputs, RecurrentGemmaRecurrentBlock
 
 COLUMNS = ["what", "direction", "shape", "lru_width", "model", "ms", "share of floor", "times ours"]
 SHAPES = {"cuda": ["1x8192", "8x8192", "1x65536"], "cpu": ["1x1024", "1x4096"]}
@@ -51,11 +51,11 @@ def ours(backend: str, compiled: bool = False) -> Callable[..., Block]:
         if inside:
             module.linear_x = module.linear_y = module.linear_out = nn.Identity()
         reset = torch.zeros(1, x_BTE.shape[1], dtype=torch.bool, device=x_BTE.device)
-        step = Step(
+        inputs = LayerInputs(
             cos_BTr=None, sin_BTr=None, reset_BT=reset, is_padding_BT=None, conv_tap_mask_BTK=None, attention=None
         )  # type: ignore[arg-type]
         call = torch.compile(module.forward, dynamic=False) if compiled else module
-        return lambda x: call(x, step, None)[0]
+        return lambda x: call(x, inputs, None)[0]
 
     return build
 

@@ -122,14 +122,12 @@ def registered(monkeypatch):
 @pytest.mark.usefixtures("registered")
 def test_a_saved_folder_runs_where_the_package_is_not_installed(model, tmp_path):
     folder, elsewhere = tmp_path / "checkpoint", tmp_path / "elsewhere"
+    AUTO_CLASSES[AutoModelForSequenceClassification](model.config).save_pretrained(folder)  # brings its own file
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"]["AutoModel"] = "modeling_recurrent_gemma.RecurrentGemmaModel"
     model.save_pretrained(folder)
-    auto_map = json.loads((folder / "config.json").read_text())["auto_map"]
-    for head, auto_class in (
-        ("ForSequenceClassification", "AutoModelForSequenceClassification"),
-        ("Model", "AutoModel"),
-    ):
-        auto_map[auto_class] = f"modeling_recurrent_gemma.RecurrentGemma{head}"
-    config = json.loads((folder / "config.json").read_text()) | {"auto_map": auto_map}
+    config["auto_map"] |= json.loads((folder / "config.json").read_text())["auto_map"]
+    assert config["auto_map"]["AutoModelForSequenceClassification"].startswith("task_heads.")
     (folder / "config.json").write_text(json.dumps(config))
     elsewhere.mkdir()
     kept = ("PATH", "HOME", "LANG", "TMPDIR", "OMP_NUM_THREADS")

@@ -175,7 +175,7 @@ def test_the_hooks_of_generate_take_both_names(tiny_config, said, name: str):
     masks = model.create_masks_for_generate(
         config=model.config, inputs_embeds=torch.empty(1, 3, 0), attention_mask=mask, **{name: cache}
     )
-    assert masks["tokens"].shape == (1, 3)
+    assert masks["is_token"].shape == (1, 3)
     positional = model.prepare_inputs_for_generation(ids, 3, cache, mask)
     assert torch.equal(positional["input_ids"], ids[:, 6:])
     assert set(NAMES) <= set(model._skip_keys_device_placement), "accelerate moves no cache from layer to layer"

@@ -18,13 +18,15 @@ if TYPE_CHECKING:
     from .cross_entropy import linear_cross_entropy
     from .modeling_recurrent_gemma import (
         RecurrentGemmaForCausalLM,
-        RecurrentGemmaForQuestionAnswering,
-        RecurrentGemmaForSequenceClassification,
-        RecurrentGemmaForTokenClassification,
         RecurrentGemmaModel,
         RecurrentGemmaPreTrainedModel,
     )
     from .scan import linear_recurrence
+    from .task_heads import (
+        RecurrentGemmaForQuestionAnswering,
+        RecurrentGemmaForSequenceClassification,
+        RecurrentGemmaForTokenClassification,
+    )
     from .training import GriffinTrainerMixin, decayed_parameter_names, parameter_groups
 
 __version__ = "0.1.0"
@@ -35,9 +37,9 @@ _FILE_OF = {
     "RecurrentGemmaCache": "cache_recurrent_gemma",
     "RecurrentGemmaConfig": "configuration_recurrent_gemma",
     "RecurrentGemmaForCausalLM": "modeling_recurrent_gemma",
-    "RecurrentGemmaForQuestionAnswering": "modeling_recurrent_gemma",
-    "RecurrentGemmaForSequenceClassification": "modeling_recurrent_gemma",
-    "RecurrentGemmaForTokenClassification": "modeling_recurrent_gemma",
+    "RecurrentGemmaForQuestionAnswering": "task_heads",
+    "RecurrentGemmaForSequenceClassification": "task_heads",
+    "RecurrentGemmaForTokenClassification": "task_heads",
     "RecurrentGemmaModel": "modeling_recurrent_gemma",
     "RecurrentGemmaPreTrainedModel": "modeling_recurrent_gemma",
     "decayed_parameter_names": "training",

@@ -12,25 +12,49 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn import functional as F
 
-from .inputs import InputMask
+from .configuration_recurrent_gemma import RecurrentGemmaConfig
+from .inputs import Columns, InputMask
 
 QUERY_BLOCK = 512  # queries per block of banded attention; the waste is block / window
 
 
 class AttentionMask(NamedTuple):
-    """Which keys a query sees: itself and those of its document at most W before it; by token index."""
+    """Which keys a query sees: itself and those of its document at most W before it; by index."""
 
     query_index: torch.Tensor  # (B or 1, T) int64
     key_index: torch.Tensor  # (B or 1, K) int64, negative where there is no key
-    max_lookback: torch.Tensor  # (B or 1, T) int64: min(W, position)
-    query_is_token: torch.Tensor | None  # (B, T) bool; None: padding cannot matter
+    max_lookback: torch.Tensor  # (B or 1, T) int64: min(W, position, tokens before)
+    query_is_token: torch.Tensor | None  # (B, 1) bool of a single query; None: it is, or sees itself
     window: int
     query_offset: int | None  # query t is key query_offset + t; None: the keys are a ring, without order
     # No padding, one document, nothing cached: every row and every block of queries is masked alike.
     is_single_causal_block: bool
-    in_sequence_order: bool  # the cache is to return the keys in order
     in_blocks: bool = False  # long enough for `attend_in_blocks`
     backend_mask: Any = None  # what the attention implementation gets: made once, for all layers
+
+    @staticmethod
+    def local(columns: Columns, seen: int, window: int) -> AttentionMask:
+        """Mask keys in the order of the columns: up to W of the `seen` columns before, then those of this forward.
+
+        Tokens of a row stand side by side, so distances are those of columns; that of the first one to padding in front
+        of it, or to keys that the cache does not have yet, is more than it may look back.
+        """
+        T, before = columns.token_index.shape[1], min(window, seen)
+        index = torch.arange(before + T, device=columns.token_index.device)[None]
+        is_plain = columns.is_one_document and columns.is_token is None and seen == 0
+        return AttentionMask(index[:, before:], index, _max_lookback(columns, window), None, window, before, is_plain)
+
+    @staticmethod
+    def of_ring(columns: Columns, slot_token_indices_BS: torch.Tensor, window: int) -> AttentionMask:
+        """Mask the slots of the cache's ring for one query."""
+        keys = slot_token_indices_BS.to(columns.token_index.device)
+        lookback = _max_lookback(columns, window)
+        return AttentionMask(columns.token_index, keys, lookback, columns.is_token, window, None, False)
+
+    @property
+    def in_sequence_order(self) -> bool:
+        """Whether the cache is to return the keys in order."""
+        return self.query_offset is not None
 
     def visible(self, queries: slice | None = None, keys: slice | None = None) -> torch.Tensor:
         """(B or 1, 1, T', K') bool for a block of queries and keys."""
@@ -43,6 +67,21 @@ class AttentionMask(NamedTuple):
             # Padding sees everything: nobody reads its output, and a softmax over nothing would be NaN.
             seen = seen | ~self.query_is_token[:, queries, None]
         return seen[:, None]
+
+
+def _max_lookback(columns: Columns, window: int) -> torch.Tensor:
+    lookback = columns.position
+    if not columns.is_one_document:
+        lookback = torch.minimum(lookback, columns.token_index)
+    return lookback.clamp(max=window)
+
+
+def rotary_angles(position: torch.Tensor, rotary_dim: int, theta: float) -> torch.Tensor:
+    """Return the angles (..., rotary_dim / 2) of positions (...), in float32; no table limits the length of a text."""
+    r = rotary_dim // 2
+    exponent = torch.arange(r, device=position.device, dtype=torch.float32) / max(r, 1)
+    # Times the reciprocal, as the official code: divided by, angles far into a text differ in their last bits.
+    return position[..., None].float() * (1.0 / theta**exponent)
 
 
 def rotate(x_BNTh: torch.Tensor, cos_BTr: torch.Tensor, sin_BTr: torch.Tensor) -> torch.Tensor:
@@ -127,18 +166,25 @@ LOCAL_IMPLEMENTATIONS: dict[str, Callable[..., tuple[torch.Tensor, torch.Tensor 
 
 
 def with_backend_mask(
-    attention: AttentionMask, mask: InputMask, implementation: str, B: int, whole: bool
+    attention: AttentionMask,
+    columns: Columns,
+    past_lengths_B: torch.Tensor | None,
+    mask_4d: torch.Tensor | None,
+    implementation: str,
+    batch_size: int,
+    wants_probabilities: bool,
 ) -> AttentionMask:
-    """Makes what the attention implementation reads; `whole`: all probabilities at once are wanted."""
+    """Make what the attention implementation reads."""
     T, K = attention.max_lookback.shape[1], attention.key_index.shape[1]
-    if mask.mask_4d is not None:
-        return attention._replace(backend_mask=mask.mask_4d[..., mask.mask_4d.shape[3] - K :])
+    if mask_4d is not None:
+        return attention._replace(backend_mask=mask_4d[..., mask_4d.shape[3] - K :])
     if implementation == "flex_attention":
-        return attention._replace(backend_mask=_flex_mask(attention, (B, T)))
+        return attention._replace(backend_mask=_flex_mask(attention, (batch_size, T)))
     if "flash" in implementation:
-        return attention._replace(backend_mask=_flash_mask(attention, B))
+        return attention._replace(backend_mask=_flash_mask(columns, past_lengths_B, K, batch_size))
     if implementation in LOCAL_IMPLEMENTATIONS:
-        if attention.query_offset is not None and attention.window + 2 * QUERY_BLOCK < K and not whole:
+        is_long = attention.window + 2 * QUERY_BLOCK < K
+        if attention.in_sequence_order and is_long and not wants_probabilities:
             return attention._replace(in_blocks=True)
         if implementation == "sdpa" and attention.is_single_causal_block and attention.window >= T - 1:
             return attention  # the window reaches every earlier key: plainly causal
@@ -162,16 +208,56 @@ def _flex_mask(attention: AttentionMask, shape: tuple[int, int]) -> Any:
     return create_block_mask(sees, B, None, T, key.shape[1], device=query.device)
 
 
-def _flash_mask(attention: AttentionMask, batch_size: int) -> torch.Tensor | None:
-    """(B, K) bool or None, all that flash attention takes; what that cannot say is refused."""
-    if not attention.is_single_causal_block and (attention.query_offset != 0 or batch_size > 1):
-        hidden = attention.max_lookback < attention.query_index.clamp(max=attention.window)
-        if attention.query_is_token is not None:
-            hidden = hidden & attention.query_is_token
-        if hidden.any():
-            raise ValueError(
-                "flash attention keeps packed documents apart only in one row and without a cache; use "
-                "attn_implementation='sdpa' or 'flex_attention'"
-            )
-    has_gaps = attention.key_index < 0
-    return ~has_gaps if has_gaps.any() else None
+def check_attention(
+    config: RecurrentGemmaConfig, mask: InputMask, T: int, has_cache: bool, output_attentions: bool
+) -> None:
+    """Raise ValueError for what the attention implementation cannot do: return probabilities, take a 4D mask."""
+    implementation = config._attn_implementation
+    if output_attentions and implementation != "eager":
+        raise ValueError(
+            f"output_attentions needs attn_implementation='eager', this model has {implementation!r}; call "
+            "model.set_attn_implementation('eager')"
+        )
+    if mask.mask_4d is None or "attention" not in config.layers_block_type:
+        return
+    if implementation not in LOCAL_IMPLEMENTATIONS:
+        raise ValueError(f"a 4D attention_mask needs attn_implementation 'eager' or 'sdpa', not {implementation!r}")
+    K = T + (min(config.attention_window_size, mask.seen) if has_cache else 0)
+    if mask.mask_4d.shape[2] != T or not K <= mask.mask_4d.shape[3] <= max(K, mask.seen + T):
+        raise ValueError(
+            f"a 4D attention_mask of shape {tuple(mask.mask_4d.shape)} must be (batch or 1, heads or 1, {T}, {K})"
+        )
+    hidden = mask.mask_4d[..., : mask.mask_4d.shape[3] - K]
+    if (hidden if hidden.dtype == torch.bool else hidden > torch.finfo(hidden.dtype).min / 2).any():
+        raise ValueError(
+            f"the 4D attention_mask shows keys that the cache no longer holds: it keeps the last {K - T} "
+            "(attention_window_size); hide the earlier ones"
+        )
+
+
+def check_flash(columns: Columns, window: int, has_past: bool) -> None:
+    """Raise ValueError for packed documents that flash attention cannot keep apart: it does in one row, uncached."""
+    if columns.is_one_document or (not has_past and columns.position.shape[0] == 1):
+        return
+    is_apart = columns.position.clamp(max=window) < columns.token_index.clamp(max=window)
+    if columns.is_token is not None:
+        is_apart = is_apart & columns.is_token
+    if is_apart.any():
+        raise ValueError(
+            "flash attention keeps packed documents apart only in one row and without a cache; use "
+            "attn_implementation='sdpa' or 'flex_attention'"
+        )
+
+
+def _flash_mask(columns: Columns, past_lengths_B: torch.Tensor | None, K: int, batch_size: int) -> torch.Tensor | None:
+    """Return (B, K) bool, all that flash attention takes: False where there is no key. None: every key is one."""
+    is_token, device = columns.is_token, columns.token_index.device
+    before = K - columns.token_index.shape[1]
+    if past_lengths_B is None or not before:
+        return is_token
+    is_past = torch.arange(-before, 0, device=device) >= -past_lengths_B.to(device)[:, None]
+    if is_token is None:
+        if is_past.all():
+            return None
+        is_token = torch.ones((batch_size, K - before), dtype=torch.bool, device=device)
+    return torch.cat([is_past, is_token], dim=1)

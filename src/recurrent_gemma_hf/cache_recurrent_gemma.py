@@ -46,6 +46,7 @@ class _Progress:
         self.past_lengths: torch.Tensor | None = None  # (B,) the same before the forward in progress
         self.step_columns = 0  # T of the forward in progress
         self.step_lengths: torch.Tensor | None = None  # (B,) tokens of this forward per row; None: all T are tokens
+        self.step_ends: torch.Tensor | None = None  # (B,) columns up to a row's last token, 0 without one; None: T
         self.recorded = 0  # columns that crop() can take back
         self.recorded_mask: torch.Tensor | None = None  # (B, recorded) bool; None: no padding among them
 
@@ -78,6 +79,10 @@ class _Progress:
         self.compiled_columns = lengths_B.new_zeros(())
         _mark_static(self.lengths, self.past_lengths, self.compiled_columns)
 
+    def end_forward(self) -> None:
+        """Forget the latest forward: what the layers hold is no longer what it left."""
+        self.step_columns, self.step_lengths, self.step_ends = 0, None, None
+
     def slot_token_indices(self, slots: int) -> torch.Tensor:
         """(B, slots) int64: which token of its row (counted from 0) a slot of a ring holds; negative if empty."""
         last_B1 = self.lengths[:, None] - 1
@@ -97,14 +102,15 @@ class _Tape:
         size[self.dim] = index_BL.shape[1]
         return tensor.gather(self.dim, index_BL.to(tensor.device).view(shape).expand(size))
 
-    def append(self, chunk: torch.Tensor, new_lengths: torch.Tensor | None) -> None:
+    def append(self, chunk: torch.Tensor, ends_B: torch.Tensor | None) -> None:
+        """Add what comes before column ends_B (B,) of chunk, or all of it."""
         joined = torch.cat([self.tensor, chunk.detach().to(self.tensor.dtype)], dim=self.dim)
         size = min(joined.shape[self.dim], self.limit)
-        if new_lengths is None:
+        if ends_B is None:
             # A clone, or the tape would keep a whole prompt alive through its view.
             self.tensor = joined.narrow(self.dim, joined.shape[self.dim] - size, size).clone()
             return
-        end_B1 = self.tensor.shape[self.dim] + new_lengths[:, None]
+        end_B1 = self.tensor.shape[self.dim] + ends_B[:, None]
         index = end_B1 - size + torch.arange(size, device=end_B1.device)
         self.tensor = self._take(joined, index.clamp(min=0))
 
@@ -218,7 +224,7 @@ class RecurrentGemmaAttentionLayer(_LayerMixin, CacheLayerMixin):
                 limit = self.window + self.max_rollback
                 self._tapes = [_Tape(past, dim=2, limit=limit) for past in past_P]
             for tape, new in zip(self._tapes, (key_states, value_states), strict=True):
-                tape.append(new, progress.step_lengths)
+                tape.append(new, progress.step_ends)
         if T == 1:
             self._store_token(key_states, value_states)
         else:
@@ -251,9 +257,13 @@ class RecurrentGemmaAttentionLayer(_LayerMixin, CacheLayerMixin):
 
     def _store_chunk(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Every slot takes the latest token that belongs to it, from this forward or from before."""
-        past_B1 = self.progress.past_lengths.to(self.keys.device)[:, None]
-        chunk_index_BS = self.progress.slot_token_indices(self.window + 1).to(self.keys.device) - past_B1
+        progress, device = self.progress, self.keys.device
+        chunk_index_BS = (
+            progress.slot_token_indices(self.window + 1).to(device) - progress.past_lengths.to(device)[:, None]
+        )
         is_new = (chunk_index_BS >= 0)[:, None, :, None]
+        if progress.step_ends is not None:  # padding in front of a row's first tokens
+            chunk_index_BS = chunk_index_BS + (progress.step_ends - progress.step_lengths).to(device)[:, None]
         index = chunk_index_BS.clamp(min=0)[:, None, :, None]
         for ring, new in ((self.keys, key_states), (self.values, value_states)):
             taken = new.detach().gather(2, index.expand(-1, ring.shape[1], -1, ring.shape[3]))
@@ -333,12 +343,12 @@ class RecurrentGemmaRecurrentLayer(_LayerMixin, LinearAttentionCacheLayerMixin):
         if self.record_past:
             if self._conv_tape is None:
                 self._conv_tape = _Tape(past.transpose(1, 2), dim=1, limit=self.context + self.max_rollback)
-            self._conv_tape.append(conv_states.transpose(1, 2), self.progress.step_lengths)
-        new_lengths = self.progress.step_lengths
-        if new_lengths is None:
+            self._conv_tape.append(conv_states.transpose(1, 2), self.progress.step_ends)
+        ends = self.progress.step_ends
+        if ends is None:
             latest_BKD = full_BTD[:, full_BTD.shape[1] - self.context :]
         else:
-            index = new_lengths.to(past.device)[:, None] + torch.arange(self.context, device=past.device)
+            index = ends.to(past.device)[:, None] + torch.arange(self.context, device=past.device)
             latest_BKD = full_BTD.gather(1, index[:, :, None].expand(-1, -1, full_BTD.shape[2]))
         past.copy_(latest_BKD.detach().transpose(1, 2))
         self.has_previous_state[0] = True
@@ -354,7 +364,7 @@ class RecurrentGemmaRecurrentLayer(_LayerMixin, LinearAttentionCacheLayerMixin):
             if self._state_tape is None:
                 start = self.recurrent_states[0][:, None]
                 self._state_tape = _Tape(start, dim=1, limit=self.max_rollback + 1)
-            self._state_tape.append(history, self.progress.step_lengths)
+            self._state_tape.append(history, self.progress.step_ends)
         self.recurrent_states[0].copy_(recurrent_states.detach())
         return self.recurrent_states[0]
 
@@ -446,31 +456,46 @@ class RecurrentGemmaCache(Cache):
         cls.__init__(cache, config, static=is_static)
         return cache
 
-    def begin_forward(
-        self, batch_size: int, columns: int, device: torch.device, token_mask: torch.Tensor | None = None
-    ) -> None:
-        """Announces a forward of (batch_size, columns) inputs; the model calls it once, before the layers.
+    def check(self, config: RecurrentGemmaConfig, batch_size: int) -> None:
+        """Raise ValueError unless this cache can go on with `batch_size` rows of a model like `config`."""
+        if config is not self.config and config.fingerprint() != self._fingerprint:
+            raise ValueError(
+                f"this cache was made for another config (fingerprint {self._fingerprint[:12]}, the model has "
+                f"{config.fingerprint()[:12]}); make one with RecurrentGemmaCache(model.config)"
+            )
+        if self.batch_size not in (-1, batch_size):
+            raise ValueError(
+                f"this cache holds a batch of {self.batch_size} sequences, the input has {batch_size}; use a new "
+                "RecurrentGemmaCache, or batch_repeat_interleave / batch_select_indices"
+            )
 
-        `token_mask` (B, T) bool is False at padding, in the order of the caller's columns; the layers get the tokens
-        of each row first and its padding last.
+    def begin_forward(
+        self,
+        batch_size: int,
+        columns: int,
+        device: torch.device,
+        is_token: torch.Tensor | None = None,
+        is_token_of_caller: torch.Tensor | None = None,
+    ) -> None:
+        """Announce a forward of (batch_size, columns) inputs; the model calls it once, before the layers.
+
+        `is_token` (B, columns) bool is False at padding, in the columns that the layers see: a row's tokens stand side
+        by side. `is_token_of_caller` has the columns that `crop` will count.
         """
         progress = self.progress
         if progress.lengths is None:
             progress.set_lengths(torch.zeros(batch_size, dtype=torch.int64, device=device))
-        if batch_size != progress.lengths.shape[0]:
-            raise ValueError(
-                f"this cache holds a batch of {progress.lengths.shape[0]} sequences, the input has {batch_size}; use "
-                "a new RecurrentGemmaCache, or batch_repeat_interleave / batch_select_indices"
-            )
         progress.step_columns = columns
-        progress.step_lengths = None
-        if token_mask is not None:
-            progress.step_lengths = token_mask.to(progress.lengths.device).sum(-1)
+        progress.step_lengths = progress.step_ends = None
+        if is_token is not None:
+            is_token = is_token.to(progress.lengths.device)
+            progress.step_lengths = is_token.sum(-1)
+            progress.step_ends = (is_token * torch.arange(1, columns + 1, device=is_token.device)).amax(-1)
         progress.add_columns(columns)
         progress.past_lengths.copy_(progress.lengths)
         progress.lengths.add_(columns if progress.step_lengths is None else progress.step_lengths)
         if self.is_recording:
-            self._record_columns(token_mask, columns)
+            self._record_columns(is_token_of_caller, columns)
 
     def _record_columns(self, token_mask: torch.Tensor | None, columns: int) -> None:
         progress = self.progress
@@ -484,14 +509,6 @@ class RecurrentGemmaCache(Cache):
         new = ones[:, :columns] if token_mask is None else token_mask.to(device)
         progress.recorded_mask = torch.cat([old, new], dim=1)[:, -progress.recorded :]
 
-    def check_config(self, config: RecurrentGemmaConfig) -> None:
-        """Raises ValueError unless this cache was made for a model like `config`."""
-        if config is not self.config and config.fingerprint() != self._fingerprint:
-            raise ValueError(
-                f"this cache was made for another config (fingerprint {self._fingerprint[:12]}, the model has "
-                f"{config.fingerprint()[:12]}); make one with RecurrentGemmaCache(model.config)"
-            )
-
     # --- Sizes ---
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -504,6 +521,10 @@ class RecurrentGemmaCache(Cache):
             if isinstance(layer, RecurrentGemmaAttentionLayer):
                 return layer.get_mask_sizes(query_length)
         return query_length, self.progress.columns
+
+    def token_counts(self, device: torch.device) -> torch.Tensor | int:
+        """(B, 1) int64: tokens of each row so far, padding excluded; 0 before the first forward."""
+        return 0 if self.progress.lengths is None else self.progress.lengths.to(device)[:, None]
 
     def slot_token_indices(self) -> torch.Tensor:
         """(B, S) int64: which token of its row (counted from 0) the slots of the rings hold; negative if empty."""
@@ -540,7 +561,7 @@ class RecurrentGemmaCache(Cache):
     @property
     def is_recording(self) -> bool:
         """Whether forwards keep what `crop` needs."""
-        return any(layer.record_past for layer in self.layers)
+        return self.layers[0].record_past  # of all layers at once: `activate_past_recording`
 
     def activate_past_recording(self) -> None:
         """From now on the latest tokens (at most `max_rollback`) can be taken back with `crop`."""
@@ -569,7 +590,7 @@ class RecurrentGemmaCache(Cache):
             for layer in self.layers:
                 layer.crop_rows(removed)
         progress.recorded, progress.recorded_mask = 0, None
-        progress.step_columns, progress.step_lengths = 0, None
+        progress.end_forward()
         for layer in self.layers:
             layer.forget_tapes()
 
@@ -592,7 +613,7 @@ class RecurrentGemmaCache(Cache):
             progress.set_lengths(chosen)
         if progress.recorded_mask is not None:
             progress.recorded_mask = progress.recorded_mask.index_select(0, rows)
-        progress.step_columns, progress.step_lengths = 0, None
+        progress.end_forward()
         for layer in self.layers:
             layer.select_rows(rows)
 
@@ -607,8 +628,8 @@ class RecurrentGemmaCache(Cache):
         progress = self.progress
         if progress.lengths is not None:
             progress.lengths.zero_()
-        progress.columns = progress.step_columns = progress.recorded = 0
-        progress.step_lengths = progress.recorded_mask = None
+        progress.columns, progress.recorded, progress.recorded_mask = 0, 0, None
+        progress.end_forward()
         for layer in self.layers:
             layer.reset()
 

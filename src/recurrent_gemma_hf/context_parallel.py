@@ -81,9 +81,10 @@ def shard_sequence(batch: Mapping[str, Any], group: dist.ProcessGroup | DeviceMe
     shard = SequenceShard(group, rank, ranks, rank * (T // ranks), T // ranks)
     whole = {name: batch[name] for name in ("input_ids", "inputs_embeds", "labels") if batch.get(name) is not None}
     if positions is not None:
-        if positions.device.type == "cpu":
-            check_positions(positions.expand(B, T), None if mask is None else mask.bool())
-        if not is_counted(positions):  # else it is one document, and the model counts by itself
+        check_positions(positions, None if mask is None else mask.bool(), (B, T))
+        if not is_counted(
+            positions, torch.arange(T, device=positions.device), None
+        ):  # else it is one document, and the model counts by itself
             whole["position_ids"] = positions
     if labels is not None:
         if labels.shape != (B, T):

@@ -250,4 +250,47 @@ def chunked_cross_entropy(
     return torch.cat([torch.utils.checkpoint.checkpoint(losses, x, y, use_reentrant=False) for x, y in blocks])
 
 
-__all__ = ["check_labels", "chunked_cross_entropy", "linear_cross_entropy"]
+# ---------------------------------------------------------------- what a language model returns
+
+
+def next_token_loss(
+    head: Any,
+    x_BTE: Tensor,
+    labels_BT: Tensor,
+    vocab_size: int,
+    is_weight: bool,
+    soft_cap: float,
+    num_items_in_batch: Tensor | int | None = None,
+    shift_labels: Tensor | None = None,
+    ignore_index: int = IGNORE_INDEX,
+    label_smoothing: float = 0.0,
+    **kwargs: Any,
+) -> Tensor:
+    """Return what Transformers' `ForCausalLMLoss` does, () in float32, from hidden states instead of logits.
+
+    Args:
+        head: called with hidden states and labels if it is one weight, else with hidden states, block by block.
+        x_BTE: hidden states.
+        labels_BT: int64; position t predicts label t + 1.
+        vocab_size: V, number of logits.
+        is_weight: whether the head is one weight without a bias.
+        soft_cap: see `linear_cross_entropy`, as ignore_index and label_smoothing.
+        num_items_in_batch: what the sum of the losses is divided by; None: the number of targets.
+        shift_labels: (B, T) int64 targets of the positions themselves, instead of the labels.
+        kwargs: not for the loss.
+    """
+    targets = F.pad(labels_BT[:, 1:], (0, 1), value=ignore_index) if shift_labels is None else shift_labels
+    x_NE, targets_N = x_BTE.flatten(0, 1), targets.flatten()
+    how: dict[str, Any] = dict(soft_cap=soft_cap, label_smoothing=label_smoothing, ignore_index=ignore_index)
+    if is_weight:
+        losses_N = head(x_NE, targets_N, **how)
+    else:
+        losses_N = chunked_cross_entropy(head, x_NE, targets_N, vocab_size, **how)
+    if num_items_in_batch is None:
+        num_items_in_batch = (targets_N != ignore_index).sum()
+    if isinstance(num_items_in_batch, Tensor):
+        num_items_in_batch = num_items_in_batch.to(losses_N.device)
+    return losses_N.sum() / num_items_in_batch
+
+
+__all__ = ["check_labels", "chunked_cross_entropy", "linear_cross_entropy", "next_token_loss"]

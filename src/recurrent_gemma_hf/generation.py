@@ -136,7 +136,7 @@ class RecurrentGemmaGenerationMixin(GenerationMixin):
         """What a compiled forward gets instead of the growing 2D mask, so that its shapes stay the same."""
         if attention_mask is None:
             return None
-        return {"tokens": attention_mask[:, -inputs_embeds.shape[1] :].bool()}
+        return {"is_token": attention_mask[:, -inputs_embeds.shape[1] :].bool()}
 
 
 # Tools look at a signature for what generate() takes, and people at its help.

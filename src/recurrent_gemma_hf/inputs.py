@@ -17,7 +17,7 @@ from .cache_recurrent_gemma import RecurrentGemmaCache
 class InputMask(NamedTuple):
     """The caller's attention_mask, checked and taken apart."""
 
-    tokens: torch.Tensor | None  # (B, T) bool of this forward's columns; None: no padding
+    is_token: torch.Tensor | None  # (B, T) bool of this forward's columns; None: no padding
     mask_4d: torch.Tensor | None  # 4D
     seen: int  # columns before this forward
 
@@ -32,11 +32,10 @@ class InputMask(NamedTuple):
         if attention_mask is None:
             return InputMask(None, None, seen)
         if isinstance(attention_mask, dict):  # what create_masks_for_generate made
-            return InputMask(attention_mask["tokens"], None, seen)
+            return InputMask(attention_mask["is_token"], None, seen)
         if attention_mask.ndim == 4:
             return InputMask(None, attention_mask, seen)
         fits = attention_mask.ndim == 2 and attention_mask.shape[0] == B
-        # A compiled step does not know how many columns there were, see `_Progress.compiled_columns`.
         columns = max(T, attention_mask.shape[-1]) if torch.compiler.is_compiling() else seen + T
         if not fits or attention_mask.shape[1] != columns:
             raise ValueError(
@@ -44,6 +43,61 @@ class InputMask(NamedTuple):
                 f"({B}, {seen} + {T}), or 4D"
             )
         return InputMask(attention_mask[:, -T:].bool(), None, seen)
+
+
+class Columns(NamedTuple):
+    """Where the inputs of a forward stand. Layers see the caller's columns; only in rows with padding between tokens
+    are the tokens moved to the front."""
+
+    token_index: torch.Tensor  # (B or 1, T) int64: of a token among those of its row; at padding of the token before
+    position: torch.Tensor  # (B or 1, T) int64: of a token in its document
+    is_token: torch.Tensor | None  # (B, T) bool; None: no padding that a token or a state could see
+    restore: torch.Tensor | None  # (B, T) int64: which column the caller's column has become; None: the same
+    is_one_document: bool  # positions are token indices
+
+    @staticmethod
+    def locate(
+        x_BTE: torch.Tensor,
+        is_token: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        start: torch.Tensor | int,
+        keeps_state: bool,
+    ) -> tuple[torch.Tensor, Columns]:
+        """Return x with zeros at padding, whatever stood there, and its columns; x is moved only where it must be.
+
+        `start`, (B, 1) or a number, counts the tokens before this forward. `keeps_state`: a cache goes on from here.
+        """
+        (B, T), restore = x_BTE.shape[:2], None
+        if is_token is not None and T > 1:
+            is_token = is_token.to(x_BTE.device)
+            has_gap_B = (_is_gap(is_token, start)).any(1)
+            is_padded = is_padded_left = has_gaps = True
+            if can_read_back(x_BTE):
+                flags = [~is_token.all(), ~is_token[:, 0].all(), has_gap_B.any()]
+                is_padded, is_padded_left, has_gaps = torch.stack(flags).tolist()
+            if is_padded:  # a NaN times the zero of a mask would be NaN
+                x_BTE = x_BTE.masked_fill(~is_token[..., None], 0.0)
+            if has_gaps:
+                counted = torch.arange(T, device=x_BTE.device)
+                order = torch.where(has_gap_B[:, None], (~is_token).to(torch.int8).argsort(dim=1, stable=True), counted)
+                x_BTE, is_token, restore = reorder(x_BTE, order), reorder(is_token, order), order.argsort(1)
+                position_ids = None if position_ids is None else reorder(position_ids.expand(B, T), order)
+            # Behind the tokens causality hides it.
+            if not is_padded or not (is_padded_left or keeps_state):
+                is_token = None
+        if is_token is None:
+            token_index = start + torch.arange(T, device=x_BTE.device)[None]
+        else:
+            token_index = start + (is_token.cumsum(1) - 1).clamp(min=0)
+        if position_ids is None or is_counted(position_ids, token_index, is_token):
+            return x_BTE, Columns(token_index, token_index, is_token, restore, is_one_document=True)
+        return x_BTE, Columns(token_index, position_ids, is_token, restore, is_one_document=False)
+
+
+def _is_gap(is_token_BT: torch.Tensor, start: torch.Tensor | int) -> torch.Tensor:
+    """(B, T - 1) bool: the last padding between two tokens, or between earlier forwards and the first token."""
+    has_tokens_before = is_token_BT.cumsum(1) + start > 0
+    return has_tokens_before[:, :-1] & ~is_token_BT[:, :-1] & is_token_BT[:, 1:]
 
 
 def document_positions(
@@ -70,16 +124,29 @@ def document_positions(
     return columns - torch.where(begins, columns, 0).cummax(1).values
 
 
+def can_read_back(x: torch.Tensor) -> bool:
+    """Tell whether values can be read: not under torch.compile, a transform, the capture of a CUDA graph or on meta."""
+    if torch.compiler.is_compiling() or is_transformed() or x.is_meta:
+        return False
+    return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
 def may_look_at(x: torch.Tensor) -> bool:
-    """Tell whether values may be read to check them: a GPU would be waited for, torch.compile and vmap cannot."""
-    return x.device.type == "cpu" and not torch.compiler.is_compiling() and not is_transformed()
+    """Tell whether values may be read to check them: for that alone a GPU is not waited for."""
+    return x.device.type == "cpu" and can_read_back(x)
 
 
-def check_positions(position_BT: torch.Tensor, tokens_BT: torch.Tensor | None) -> None:
-    """Positions grow within a document; one that goes back to anything but 0 is a mistake. Looks on a CPU alone."""
+def check_positions(position_ids: torch.Tensor, is_token_BT: torch.Tensor | None, shape: tuple[int, int]) -> None:
+    """Raise ValueError for positions that do not grow within a document, or have another shape than (B or 1, T)."""
+    B, T = shape
+    if position_ids.shape not in ((B, T), (1, T)):
+        raise ValueError(f"position_ids of shape {tuple(position_ids.shape)} must be ({B} or 1, {T})")
+    if not may_look_at(position_ids):
+        return
+    position_BT = position_ids.expand(B, T)
     falls = (position_BT[:, 1:] < position_BT[:, :-1]) & (position_BT[:, 1:] != 0)  # from column t to t + 1
-    if tokens_BT is not None:
-        falls = falls & tokens_BT[:, 1:] & tokens_BT[:, :-1]
+    if is_token_BT is not None:
+        falls = falls & is_token_BT[:, 1:] & is_token_BT[:, :-1]
     if position_BT.amin() < 0 or falls.any():
         row, start = (falls if falls.any() else position_BT < 0).nonzero()[0].tolist()
         raise ValueError(
@@ -88,17 +155,17 @@ def check_positions(position_BT: torch.Tensor, tokens_BT: torch.Tensor | None) -
         )
 
 
-def is_counted(position_BT: torch.Tensor) -> bool:
-    """Whether these are just 0, 1, 2, ..., as generate() passes them: then there is nothing to mask. Asked on a CPU
-    alone, where looking costs nothing."""
-    if position_BT.shape[1] == 1 or not may_look_at(position_BT):
+def is_counted(position_BT: torch.Tensor, token_index_BT: torch.Tensor, is_token_BT: torch.Tensor | None) -> bool:
+    """Tell whether positions are just those of one document, as generate() passes them: then there is nothing to mask.
+
+    Not asked for one token, nor on a GPU in training, which would wait for it.
+    """
+    if position_BT.shape[1] == 1 or not can_read_back(position_BT):
         return False
-    return bool((position_BT == torch.arange(position_BT.shape[1])).all())
-
-
-def shows_any(mask: torch.Tensor) -> bool:
-    """Tell whether a bool or additive mask shows any key."""
-    return bool((mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2).any())
+    if position_BT.device.type != "cpu" and torch.is_grad_enabled():
+        return False
+    is_same = position_BT == token_index_BT
+    return bool((is_same if is_token_BT is None else is_same | ~is_token_BT).all())
 
 
 def first_tokens(like_BT: torch.Tensor, attention_mask: Any, position_ids: torch.Tensor | None) -> torch.Tensor:
@@ -128,6 +195,13 @@ def reorder(x: torch.Tensor, index_BT: torch.Tensor | None, dim: int = 1) -> tor
     size = list(x.shape)
     size[dim] = index_BT.shape[1]
     return x.gather(dim, index_BT.view(shape).expand(size))
+
+
+def select_columns(x_BTE: torch.Tensor, which: torch.Tensor | int) -> torch.Tensor:
+    """Return the last `which` columns (0: all), those of an index (n,) for all rows, or of one per row (B, n)."""
+    if isinstance(which, int):
+        return x_BTE[:, -which:] if which else x_BTE
+    return reorder(x_BTE, which) if which.ndim == 2 else x_BTE[:, which]
 
 
 def reorder_attention(weights_BHTK: torch.Tensor, restore: torch.Tensor | None) -> torch.Tensor:

@@ -4,9 +4,8 @@ Shapes: B batch, T tokens, E hidden_size, D lru_width, H heads (of attention and
 h head_dim, K keys, W attention_window_size, V vocabulary. Equations are those of the Griffin paper (arXiv 2402.19427).
 
 Two ideas carry the file:
-- A token has an *index* among the tokens of its row; padding has none. Before the layers run, a padded batch is
-  compacted (the tokens of each row in front, its padding behind, where the causal mask hides it); outputs are restored
-  to the caller's order at the end.
+- A token has an *index* among the tokens of its row; padding has none, is nobody's key and moves no state. Layers see
+  the caller's columns (inputs.py says when they cannot).
 - A document begins at *position* 0. Attention, convolution and recurrence of a token at position p look at most p
   tokens back, so packed documents never meet.
 State lives in the cache alone (RecurrentGemmaCache, which Transformers' own empty caches become).
@@ -28,7 +27,10 @@ from .attention import (
     LOCAL_IMPLEMENTATIONS,
     AttentionMask,
     attend_in_blocks,
+    check_attention,
+    check_flash,
     eager_attention,
+    rotary_angles,
     rotate,
     with_backend_mask,
 )
@@ -37,19 +39,18 @@ from .cache_recurrent_gemma import RecurrentGemmaCache
 from .causal_conv1d import causal_conv1d
 from .configuration_recurrent_gemma import RecurrentGemmaConfig
 from .cpu_linear import fast_linear, is_cpu_without_bfloat16, linear
-from .cross_entropy import IGNORE_INDEX, check_labels, chunked_cross_entropy, linear_cross_entropy
+from .cross_entropy import IGNORE_INDEX, check_labels, linear_cross_entropy, next_token_loss
 from .generation import RecurrentGemmaGenerationMixin
 from .inputs import (
+    Columns,
     InputMask,
     check_positions,
     document_positions,
     first_tokens,
-    is_counted,
-    last_true,
     may_look_at,
     reorder,
     reorder_attention,
-    shows_any,
+    select_columns,
 )
 from .rg_lru import RgLruParameters, rg_lru, rg_lru_step
 from .scan import linear_recurrence
@@ -58,11 +59,8 @@ from .transformers_compat import (
     ACT2FN,
     ALL_ATTENTION_FUNCTIONS,
     ForCausalLMLoss,
-    QuestionAnsweringModelOutput,
     RecurrentGemmaCausalLMOutput,
     RecurrentGemmaModelOutput,
-    RecurrentGemmaSequenceClassifierOutput,
-    TokenClassifierOutput,
     can_return_tuple,
     one_cache,
 )
@@ -70,7 +68,7 @@ from .transformers_compat import (
 logger = logging.get_logger(__name__)
 
 
-class Step(NamedTuple):
+class LayerInputs(NamedTuple):
     """What every layer needs to know about one forward; computed once. A tuple, so accelerate can move it."""
 
     cos_BTr: torch.Tensor  # (B or 1, T, rotary_dim / 2), dtype of the activations
@@ -104,7 +102,7 @@ class RecurrentGemmaRMSNorm(nn.Module):
         return f"{self.weight.shape[0]}, eps={self.eps}"
 
 
-def _new_linear(inputs: int, outputs: int, *, bias: bool, variance_scale: float = 1.0) -> nn.Linear:
+def new_linear(inputs: int, outputs: int, *, bias: bool, variance_scale: float = 1.0) -> nn.Linear:
     """A linear layer that remembers its official initialisation, std = sqrt(variance_scale / inputs)."""
     layer = nn.Linear(inputs, outputs, bias=bias)
     layer.init_std = math.sqrt(variance_scale / inputs)  # type: ignore[assignment]  # read by _init_weights
@@ -117,9 +115,9 @@ class RecurrentGemmaMLP(nn.Module):
     def __init__(self, config: RecurrentGemmaConfig) -> None:
         super().__init__()
         width = config.intermediate_size // 2
-        self.gate_proj = _new_linear(config.hidden_size, width, bias=True)
-        self.up_proj = _new_linear(config.hidden_size, width, bias=True)
-        self.down_proj = _new_linear(
+        self.gate_proj = new_linear(config.hidden_size, width, bias=True)
+        self.up_proj = new_linear(config.hidden_size, width, bias=True)
+        self.down_proj = new_linear(
             width, config.hidden_size, bias=True, variance_scale=config.final_w_init_variance_scale
         )
         self.act_fn = ACT2FN[config.hidden_activation]
@@ -144,10 +142,10 @@ class RecurrentGemmaAttention(nn.Module):
         self.attention_dropout = config.attention_dropout
         self.is_causal = True
         kv_width = config.num_key_value_heads * config.head_dim
-        self.q_proj = _new_linear(config.hidden_size, config.hidden_size, bias=config.attention_bias)
-        self.k_proj = _new_linear(config.hidden_size, kv_width, bias=config.attention_bias)
-        self.v_proj = _new_linear(config.hidden_size, kv_width, bias=config.attention_bias)
-        self.o_proj = _new_linear(
+        self.q_proj = new_linear(config.hidden_size, config.hidden_size, bias=config.attention_bias)
+        self.k_proj = new_linear(config.hidden_size, kv_width, bias=config.attention_bias)
+        self.v_proj = new_linear(config.hidden_size, kv_width, bias=config.attention_bias)
+        self.o_proj = new_linear(
             config.hidden_size,
             config.hidden_size,
             bias=True,
@@ -155,26 +153,26 @@ class RecurrentGemmaAttention(nn.Module):
         )
 
     def forward(
-        self, x_BTE: torch.Tensor, step: Step, cache: Cache | None, **kwargs: Any
+        self, x_BTE: torch.Tensor, inputs: LayerInputs, cache: Cache | None, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         shape = (*x_BTE.shape[:2], -1, self.head_dim)
-        q = rotate(linear(self.q_proj, x_BTE).view(shape).transpose(1, 2), step.cos_BTr, step.sin_BTr)
-        k = rotate(linear(self.k_proj, x_BTE).view(shape).transpose(1, 2), step.cos_BTr, step.sin_BTr)
+        q = rotate(linear(self.q_proj, x_BTE).view(shape).transpose(1, 2), inputs.cos_BTr, inputs.sin_BTr)
+        k = rotate(linear(self.k_proj, x_BTE).view(shape).transpose(1, 2), inputs.cos_BTr, inputs.sin_BTr)
         v = linear(self.v_proj, x_BTE).view(shape).transpose(1, 2)
-        if step.shard is not None:
-            k, v = step.shard.with_left(k, v, size=self.config.attention_window_size, dim=2)
+        if inputs.shard is not None:
+            k, v = inputs.shard.with_left(k, v, size=self.config.attention_window_size, dim=2)
         if cache is not None:
-            k, v = cache.update(k, v, self.layer_idx, in_sequence_order=step.attention.in_sequence_order)
+            k, v = cache.update(k, v, self.layer_idx, in_sequence_order=inputs.attention.in_sequence_order)
             k, v = k.to(q.dtype), v.to(q.dtype)
         dropout = self.attention_dropout if self.training else 0.0
         implementation = self.config._attn_implementation
         if implementation in LOCAL_IMPLEMENTATIONS:
             attend = LOCAL_IMPLEMENTATIONS[implementation]
-            out, weights = self._attend(attend, q, k, v, step.attention, dropout)
+            out, weights = self._attend(attend, q, k, v, inputs.attention, dropout)
             out = out.transpose(1, 2)
         else:
             out, weights = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention)(
-                self, q, k, v, step.attention.backend_mask, dropout=dropout, scaling=self.scaling,
+                self, q, k, v, inputs.attention.backend_mask, dropout=dropout, scaling=self.scaling,
                 sliding_window=self.config.sliding_window, is_causal=True, **kwargs,
             )  # fmt: skip
         return linear(self.o_proj, out.reshape(*x_BTE.shape[:2], -1)), weights
@@ -214,7 +212,7 @@ class RecurrentGemmaRglru(nn.Module):
         self,
         x_BTD: torch.Tensor,
         y_BTD: torch.Tensor,
-        step: Step,
+        inputs: LayerInputs,
         h0_BD: torch.Tensor | None,
         return_states: bool = False,
         conv: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
@@ -233,7 +231,7 @@ class RecurrentGemmaRglru(nn.Module):
         )
         if conv is not None:
             weight, bias, conv_state = conv
-            flags = (step.reset_BT, step.is_padding_BT, step.conv_tap_mask_BTK)
+            flags = (inputs.reset_BT, inputs.is_padding_BT, inputs.conv_tap_mask_BTK)
             reset, is_padding, conv_tap_mask = (None if flag is None else flag[:, 0] for flag in flags)
             out = rg_lru_step(
                 x_BTD[:, 0], y_BTD[:, 0], weight, bias, parameters, conv_state, h0_BD,
@@ -241,9 +239,9 @@ class RecurrentGemmaRglru(nn.Module):
             )  # fmt: skip
             return out[:, None], h0_BD, None
         return rg_lru(
-            x_BTD, y_BTD, parameters, h0_BD, step.reset_BT, step.is_padding_BT, self.act_fn,
+            x_BTD, y_BTD, parameters, h0_BD, inputs.reset_BT, inputs.is_padding_BT, self.act_fn,
             is_gelu_tanh=self.is_gelu_tanh,
-            scan=linear_recurrence if step.shard is None else step.shard.linear_recurrence,
+            scan=linear_recurrence if inputs.shard is None else inputs.shard.linear_recurrence,
             return_states=return_states,
         )  # fmt: skip
 
@@ -268,25 +266,29 @@ class RecurrentGemmaRecurrentBlock(nn.Module):
         super().__init__()
         self.layer_idx = layer_idx
         E, D = config.hidden_size, config.lru_width
-        self.linear_y = _new_linear(E, D, bias=True)
-        self.linear_x = _new_linear(E, D, bias=True)
-        self.linear_out = _new_linear(D, E, bias=True, variance_scale=config.final_w_init_variance_scale)
+        self.linear_y = new_linear(E, D, bias=True)
+        self.linear_x = new_linear(E, D, bias=True)
+        self.linear_out = new_linear(D, E, bias=True, variance_scale=config.final_w_init_variance_scale)
         self.conv_1d = RecurrentGemmaConv1d(D, D, kernel_size=config.conv1d_width, groups=D)
         self.conv_1d.init_std = math.sqrt(config.w_init_variance_scale / config.conv1d_width)  # type: ignore[assignment]
         self.rg_lru = RecurrentGemmaRglru(config)
 
-    def forward(self, x_BTE: torch.Tensor, step: Step, cache: Cache | None, **kwargs: Any) -> tuple[torch.Tensor, None]:
+    def forward(
+        self, x_BTE: torch.Tensor, inputs: LayerInputs, cache: Cache | None, **kwargs: Any
+    ) -> tuple[torch.Tensor, None]:
         u, y = linear(self.linear_x, x_BTE), linear(self.linear_y, x_BTE)
         layer = None if cache is None else cache.layers[self.layer_idx]
         if layer is not None and self._can_step(u, layer):
             conv = (*self.conv_1d(), layer.conv_states[0])
-            out, _, _ = self.rg_lru(u, y, step, layer.recurrent_states[0], conv=conv)
+            out, _, _ = self.rg_lru(u, y, inputs, layer.recurrent_states[0], conv=conv)
             layer.has_previous_state[0] = True
         else:
-            u, past = self._behind_past(u, step, cache)
-            x = self.conv_1d(u, past, step.conv_tap_mask_BTK)
+            if inputs.is_padding_BT is not None and u.shape[1] > 1:  # zeros stand before the first token
+                u = u.masked_fill(inputs.is_padding_BT[..., None], 0.0)
+            u, past = self._behind_past(u, inputs, cache)
+            x = self.conv_1d(u, past, inputs.conv_tap_mask_BTK)
             records = layer is not None and layer.record_past
-            out, last, states = self.rg_lru(x, y, step, self._initial_state(layer), return_states=records)
+            out, last, states = self.rg_lru(x, y, inputs, self._initial_state(layer), return_states=records)
             if layer is not None:
                 cache.update_recurrent_state(last, self.layer_idx, history=states)
         return linear(self.linear_out, out), None
@@ -299,12 +301,12 @@ class RecurrentGemmaRecurrentBlock(nn.Module):
         is_step = is_step and u.dtype in (torch.bfloat16, torch.float16)
         return is_step and self.rg_lru.is_gelu_tanh and use_triton(u.device, u.dtype)
 
-    def _behind_past(self, u: torch.Tensor, step: Step, cache: Cache | None) -> tuple[torch.Tensor, int]:
+    def _behind_past(self, u: torch.Tensor, inputs: LayerInputs, cache: Cache | None) -> tuple[torch.Tensor, int]:
         """(B, T or K - 1 + T, D): u behind what came before it, and how many; the cache keeps what comes before the
         next."""
         context = self.conv_1d.kernel_size[0] - 1
-        if step.shard is not None and context:
-            (full,) = step.shard.with_left(u, size=context, dim=1)
+        if inputs.shard is not None and context:
+            (full,) = inputs.shard.with_left(u, size=context, dim=1)
         elif cache is not None:
             full = cache.update_conv_state(u.transpose(1, 2), self.layer_idx).transpose(1, 2).to(u.dtype)
         else:
@@ -332,9 +334,9 @@ class RecurrentGemmaDecoderLayer(GradientCheckpointingLayer):
         self.mlp_block = RecurrentGemmaMLP(config)
 
     def forward(
-        self, x_BTE: torch.Tensor, step: Step, cache: Cache | None = None, **kwargs: Any
+        self, x_BTE: torch.Tensor, inputs: LayerInputs, cache: Cache | None = None, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        mixed, weights = self.temporal_block(self.temporal_pre_norm(x_BTE), step, cache, **kwargs)
+        mixed, weights = self.temporal_block(self.temporal_pre_norm(x_BTE), inputs, cache, **kwargs)
         x_BTE = x_BTE + mixed
         return x_BTE + self.mlp_block(self.channel_pre_norm(x_BTE)), weights
 
@@ -457,8 +459,7 @@ class RecurrentGemmaModel(RecurrentGemmaPreTrainedModel):
         self.gradient_checkpointing = False
         # Rounded to bfloat16 whatever the dtype, as when the published models were trained.
         self.embedding_scale = torch.tensor(config.hidden_size**0.5, dtype=torch.bfloat16, device="cpu").item()
-        blocks = config.layers_block_type
-        self.first_attention = blocks.index("attention") if "attention" in blocks else None
+        self.has_attention = "attention" in config.layers_block_type
         self.post_init()
 
     @can_return_tuple
@@ -502,32 +503,31 @@ class RecurrentGemmaModel(RecurrentGemmaPreTrainedModel):
         cache = self._cache(cache, bool(use_cache) if sequence_shard is not None else use_cache)
         output_hidden_states = bool(_default(output_hidden_states, self.config.output_hidden_states))
         output_attentions = bool(_default(output_attentions, self.config.output_attentions))
+        # Everything that can be wrong is found before the cache moves on.
         mask = InputMask.read(attention_mask, cache, B, T)
         if sequence_shard is not None:
             sequence_shard.check(self.config, T, attention_mask, cache, output_attentions)
             mask = mask._replace(seen=sequence_shard.offset)
-        # Everything that can be wrong is found before the cache moves on.
-        self._check(mask, position_ids, cache, output_attentions, (B, T))
-        order = None
-        if mask.tokens is not None and T > 1:
-            order = (~mask.tokens).to(torch.int8).argsort(dim=1, stable=True)  # tokens first, then padding
-            x = reorder(x, order)
-            position_ids = None if position_ids is None else reorder(position_ids.expand(B, T), order)
-        if position_ids is not None and mask.seen == 0 and is_counted(position_ids):
-            position_ids = None
+        if position_ids is not None:
+            check_positions(position_ids, mask.is_token, (B, T))
+        check_attention(self.config, mask, T, cache is not None, output_attentions)
+        start: torch.Tensor | int = mask.seen
         if cache is not None:
-            cache.begin_forward(B, T, x.device, mask.tokens)
-        step = self._step(x, mask, position_ids, cache, order is not None, output_attentions)
-        step = step._replace(shard=sequence_shard)
-        restore = None if order is None else order.argsort(dim=1)
-        if "flash" in self.config._attn_implementation and cache is None and position_ids is not None:
-            kwargs["position_ids"] = position_ids  # how Transformers' flash attention learns of packed documents
-        return self._run_layers(x, step, cache, restore, output_hidden_states, output_attentions, **kwargs)
+            cache.check(self.config, B)
+            start = cache.token_counts(x.device)
+        x, columns = Columns.locate(x, mask.is_token, position_ids, start, keeps_state=cache is not None)
+        is_flash = "flash" in self.config._attn_implementation
+        if is_flash and self.has_attention:
+            check_flash(columns, self.config.attention_window_size, cache is not None)
+        inputs = self._layer_inputs(x, columns, mask, cache, output_attentions, sequence_shard)
+        if is_flash and cache is None and not columns.is_one_document:
+            kwargs["position_ids"] = columns.position  # how Transformers' flash attention learns of packed documents
+        return self._run_layers(x, inputs, cache, columns.restore, output_hidden_states, output_attentions, **kwargs)
 
     def _run_layers(
         self,
         x: torch.Tensor,
-        step: Step,
+        inputs: LayerInputs,
         cache: Cache | None,
         restore: torch.Tensor | None,
         output_hidden_states: bool,
@@ -539,7 +539,7 @@ class RecurrentGemmaModel(RecurrentGemmaPreTrainedModel):
         for layer in self.layers:
             if output_hidden_states:
                 hidden_states.append(reorder(x, restore))
-            x, weights = layer(x, step, cache=cache, **kwargs)
+            x, weights = layer(x, inputs, cache=cache, **kwargs)
             if output_attentions and weights is not None:
                 attentions.append(reorder_attention(weights, restore))
         x = reorder(self.final_norm(x), restore)
@@ -549,44 +549,6 @@ class RecurrentGemmaModel(RecurrentGemmaPreTrainedModel):
             attentions=tuple(attentions) if output_attentions else None,
             cache=cache,
         )
-
-    def _check(
-        self,
-        mask: InputMask,
-        position_ids: torch.Tensor | None,
-        cache: Cache | None,
-        output_attentions: bool,
-        shape: tuple[int, int],
-    ) -> None:
-        implementation = self.config._attn_implementation
-        if output_attentions and implementation != "eager":
-            raise ValueError(
-                f"output_attentions needs attn_implementation='eager', this model has {implementation!r}; call "
-                "model.set_attn_implementation('eager')"
-            )
-        B, T = shape
-        if position_ids is not None and position_ids.shape not in ((B, T), (1, T)):
-            raise ValueError(f"position_ids of shape {tuple(position_ids.shape)} must be ({B} or 1, {T})")
-        if position_ids is not None and may_look_at(position_ids):
-            check_positions(position_ids.expand(B, T), mask.tokens)
-        if cache is not None:
-            cache.check_config(self.config)
-        if mask.mask_4d is None or self.first_attention is None:
-            return
-        if implementation not in LOCAL_IMPLEMENTATIONS:
-            raise ValueError(f"a 4D attention_mask needs attn_implementation 'eager' or 'sdpa', not {implementation!r}")
-        K = T
-        if cache is not None:
-            K += min(self.config.attention_window_size, mask.seen)
-        if mask.mask_4d.shape[2] != T or not K <= mask.mask_4d.shape[3] <= max(K, mask.seen + T):
-            raise ValueError(
-                f"a 4D attention_mask of shape {tuple(mask.mask_4d.shape)} must be (batch or 1, heads or 1, {T}, {K})"
-            )
-        if mask.mask_4d.shape[3] > K and shows_any(mask.mask_4d[..., : mask.mask_4d.shape[3] - K]):
-            raise ValueError(
-                f"the 4D attention_mask shows keys that the cache no longer holds: it keeps the last {K - T} "
-                "(attention_window_size); hide the earlier ones"
-            )
 
     def _embed(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
         if (input_ids is None) == (inputs_embeds is None):
@@ -619,101 +581,45 @@ class RecurrentGemmaModel(RecurrentGemmaPreTrainedModel):
         wanted = self.config.use_cache and not self.training if use_cache is None else use_cache
         return RecurrentGemmaCache(self.config) if wanted else None
 
-    def _step(
+    def _layer_inputs(
         self,
         x: torch.Tensor,
+        columns: Columns,
         mask: InputMask,
-        position_ids: torch.Tensor | None,
-        cache: Cache | None,
-        is_compacted: bool,
+        cache: RecurrentGemmaCache | None,
         output_attentions: bool,
-    ) -> Step:
-        B, T = x.shape[:2]
-        columns = torch.arange(T, device=x.device)[None]
-        is_token = mask.tokens
-        if is_compacted:  # tokens first; without a cache nothing ever looks at what stands behind them
-            is_token = None if cache is None else columns < mask.tokens.sum(1, keepdim=True)
-        position = position_ids
-        if position is None:
-            position = mask.seen + columns
-            if cache is not None:
-                position = cache.progress.past_lengths.to(x.device)[:, None] + columns
-        r = self.config.rotary_dim // 2
-        exponent = torch.arange(r, device=x.device, dtype=torch.float32) / r
-        # Times the reciprocal, as the official code: divided by, angles far into a text differ in their last bits.
-        angle = position[..., None].float() * (1.0 / self.config.rope_theta**exponent)
+        shard: Any,
+    ) -> LayerInputs:
+        """Announce the forward to the cache, and say where its inputs stand."""
+        (B, T), W, implementation = x.shape[:2], self.config.attention_window_size, self.config._attn_implementation
+        in_order = cache is None or T > 1 or output_attentions or mask.mask_4d is not None or torch.is_grad_enabled()
+        in_order = in_order or "flash" in implementation
+        seen, past_lengths = mask.seen, None
+        if cache is not None:
+            if in_order and T == 1:
+                seen = cache.get_seq_length()
+            cache.begin_forward(B, T, x.device, columns.is_token, mask.is_token)
+            past_lengths = cache.progress.past_lengths
+        angle = rotary_angles(columns.position, self.config.rotary_dim, self.config.rope_theta)
         attention = None
-        if self.first_attention is not None:
-            attention = self._attention_mask(mask, position, is_token, cache, output_attentions)
-            is_single_causal_block = attention.is_single_causal_block and position_ids is None
-            attention = attention._replace(is_single_causal_block=is_single_causal_block)
-            attention = with_backend_mask(attention, mask, self.config._attn_implementation, B, output_attentions)
-        conv_tap_mask = None
-        if position_ids is not None:  # else there is one document
-            back = torch.arange(self.config.conv1d_width - 1, -1, -1, device=x.device)
-            conv_tap_mask = (position[..., None] >= back).to(x.dtype)
-        is_padding = None if is_token is None else ~is_token
-        cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-        return Step(cos, sin, position == 0, is_padding, conv_tap_mask, attention)
-
-    def _attention_mask(
-        self,
-        mask: InputMask,
-        position: torch.Tensor,
-        is_token: torch.Tensor | None,
-        cache: Cache | None,
-        output_attentions: bool,
-    ) -> AttentionMask:
-        T, W = position.shape[1], self.config.attention_window_size
-        columns = torch.arange(T, device=position.device)[None]
-        max_lookback = position.clamp(max=W)
-        if cache is None:
-            before = min(W, mask.seen)  # keys of other ranks
-            key = torch.arange(mask.seen - before, mask.seen + T, device=position.device)[None]
-            query, is_single_causal_block = mask.seen + columns, mask.seen == 0
-            return AttentionMask(
-                query,
-                key,
-                max_lookback,
-                None,
-                W,
-                before,
-                is_single_causal_block=is_single_causal_block,
-                in_sequence_order=False,
+        if self.has_attention:
+            if in_order:
+                attention = AttentionMask.local(columns, seen, W)
+            else:
+                attention = AttentionMask.of_ring(columns, cache.slot_token_indices(), W)
+            attention = with_backend_mask(
+                attention, columns, past_lengths, mask.mask_4d, implementation, B, output_attentions
             )
-        past = cache.progress.past_lengths.to(position.device)[:, None]
-        in_order = T > 1 or output_attentions or mask.mask_4d is not None or torch.is_grad_enabled()
-        in_order = in_order or "flash" in self.config._attn_implementation
-        if in_order:
-            query_offset = min(W, cache.progress.columns - T)
-            key = past - query_offset + torch.arange(query_offset + T, device=position.device)
-        else:
-            query_offset, key = None, cache.slot_token_indices().to(position.device)
-        query_is_token = is_token if T == 1 else None
-        # With nothing before it, every row counts from 0 and padding stands behind, where causality hides it.
-        is_single_causal_block = T > 1 and cache.progress.columns == T
-        return AttentionMask(
-            past + columns,
-            key,
-            max_lookback,
-            query_is_token,
-            W,
-            query_offset,
-            is_single_causal_block=is_single_causal_block,
-            in_sequence_order=in_order,
-        )
+        conv_tap_mask = None
+        if not columns.is_one_document:
+            back = torch.arange(self.config.conv1d_width - 1, -1, -1, device=x.device)
+            conv_tap_mask = (columns.position[..., None] >= back).to(x.dtype)
+        is_padding = None if columns.is_token is None else ~columns.is_token
+        cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+        return LayerInputs(cos, sin, columns.position == 0, is_padding, conv_tap_mask, attention, shard)
 
 
 # --- Heads --------------------------------------------------------------------------------------------------------
-
-
-def _kept(x_BTE: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
-    """The positions whose logits are wanted: the last n, an index (n,) for all rows, or one per row (B, n)."""
-    if isinstance(logits_to_keep, int):
-        return x_BTE[:, -logits_to_keep:] if logits_to_keep else x_BTE
-    if logits_to_keep.ndim == 2:
-        return reorder(x_BTE, logits_to_keep)
-    return x_BTE[:, logits_to_keep]
 
 
 class RecurrentGemmaLMHead(nn.Linear):
@@ -792,10 +698,14 @@ class RecurrentGemmaForCausalLM(RecurrentGemmaPreTrainedModel, RecurrentGemmaGen
             labels, kwargs = self._targets(labels, first_tokens(labels, attention_mask, positions), kwargs)
         wants_some = not isinstance(logits_to_keep, int) or logits_to_keep != 0
         if labels is not None and self._can_do_without_logits(wants_some, kwargs):
-            loss = self._loss_without_logits(x, labels, **kwargs)
+            is_weight = type(self.lm_head) is RecurrentGemmaLMHead and self.lm_head.bias is None
+            is_weight = is_weight and self.tp_size in (None, 1)  # else only the head knows its logits
+            loss = next_token_loss(
+                self.lm_head, x, labels, self.config.vocab_size, is_weight, self.config.logits_soft_cap, **kwargs
+            )
         logits = None
         if loss is None or wants_some or not self.training:
-            logits = self.lm_head(_kept(x, logits_to_keep))
+            logits = self.lm_head(select_columns(x, logits_to_keep))
             if self.config.logits_soft_cap:
                 logits = torch.tanh(logits / self.config.logits_soft_cap) * self.config.logits_soft_cap
         if labels is not None and loss is None:
@@ -827,159 +737,9 @@ class RecurrentGemmaForCausalLM(RecurrentGemmaPreTrainedModel, RecurrentGemmaGen
         is_special = wants_some or bool(kwargs.get("label_smoothing"))
         return (self.training or is_special) and self.loss_function is ForCausalLMLoss
 
-    def _loss_without_logits(
-        self,
-        x_BTE: torch.Tensor,
-        labels_BT: torch.Tensor,
-        num_items_in_batch: torch.Tensor | int | None = None,
-        shift_labels: torch.Tensor | None = None,
-        ignore_index: int = IGNORE_INDEX,
-        label_smoothing: float = 0.0,
-        **kwargs: Any,
-    ) -> torch.Tensor:
-        """What `ForCausalLMLoss` computes, from the hidden states."""
-        targets = F.pad(labels_BT[:, 1:], (0, 1), value=ignore_index) if shift_labels is None else shift_labels
-        x_NE, targets_N = x_BTE.flatten(0, 1), targets.flatten()
-        how: dict[str, Any] = {
-            "soft_cap": self.config.logits_soft_cap,
-            "label_smoothing": label_smoothing,
-            "ignore_index": ignore_index,
-        }
-        if type(self.lm_head) is RecurrentGemmaLMHead and self.lm_head.bias is None and self.tp_size in (None, 1):
-            losses_N = self.lm_head(x_NE, targets_N, **how)
-        else:  # an adapter on it, a sharded or a resized one: only it knows its logits
-            losses_N = chunked_cross_entropy(self.lm_head, x_NE, targets_N, self.config.vocab_size, **how)
-        if num_items_in_batch is None:
-            return losses_N.sum() / (targets_N != ignore_index).sum().to(losses_N.device)
-        if isinstance(num_items_in_batch, torch.Tensor):
-            num_items_in_batch = num_items_in_batch.to(losses_N.device)
-        return losses_N.sum() / num_items_in_batch
-
-
-def _last_token(
-    config: RecurrentGemmaConfig, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, B: int, T: int
-) -> torch.Tensor | None:
-    """(B, 1) column of the last token of each row; None where nothing tells padding apart."""
-    if attention_mask is not None and attention_mask.ndim == 2:
-        tokens = attention_mask[:, -T:].bool()
-    elif input_ids is not None and config.pad_token_id is not None:
-        tokens = input_ids != config.pad_token_id
-    elif B == 1:
-        return None
-    else:
-        raise ValueError(
-            "which token is the last of each row? give an attention_mask, or set config.pad_token_id for input_ids"
-        )
-    return last_true(tokens)
-
-
-def _refuse_shard(kwargs: dict[str, Any]) -> None:
-    if kwargs.get("sequence_shard") is not None:
-        raise ValueError("only the language model works on a chunk of a sequence; give this one whole sequences")
-
-
-class RecurrentGemmaForSequenceClassification(RecurrentGemmaPreTrainedModel):
-    """One label (or `num_labels` values) per sequence, read from its last token."""
-
-    def __init__(self, config: RecurrentGemmaConfig) -> None:
-        super().__init__(config)
-        self.num_labels = config.num_labels
-        self.model = RecurrentGemmaModel(config)
-        self.score = _new_linear(config.hidden_size, config.num_labels, bias=False)
-        self.post_init()
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        **kwargs: Any,
-    ) -> RecurrentGemmaSequenceClassifierOutput:
-        """logits (B, num_labels). labels (B,) int64, or float for regression and multi-label problems; padding is
-        told by the attention_mask, else by config.pad_token_id. Other arguments as in `RecurrentGemmaModel`."""
-        _refuse_shard(kwargs)
-        outputs = self.model(
-            input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, return_dict=True, **kwargs
-        )
-        x = outputs.last_hidden_state
-        last = _last_token(self.config, input_ids, attention_mask, *x.shape[:2])
-        logits = self.score(_kept(x, 1 if last is None else last))[:, 0]
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)
-        return RecurrentGemmaSequenceClassifierOutput(
-            loss=loss,
-            logits=logits,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            cache=outputs.cache,
-        )
-
-
-class RecurrentGemmaForTokenClassification(RecurrentGemmaPreTrainedModel):
-    """One label per token."""
-
-    def __init__(self, config: RecurrentGemmaConfig) -> None:
-        super().__init__(config)
-        self.num_labels = config.num_labels
-        self.model = RecurrentGemmaModel(config)
-        self.score = _new_linear(config.hidden_size, config.num_labels, bias=True)
-        self.post_init()
-
-    @can_return_tuple
-    def forward(
-        self, input_ids: torch.LongTensor | None = None, labels: torch.LongTensor | None = None, **kwargs: Any
-    ) -> TokenClassifierOutput:
-        """logits (B, T, num_labels). labels (B, T) int64, -100 ignored. Other arguments as in `RecurrentGemmaModel`."""
-        _refuse_shard(kwargs)
-        outputs = self.model(input_ids=input_ids, return_dict=True, **kwargs)
-        logits = self.score(outputs.last_hidden_state)
-        loss = None if labels is None else self.loss_function(logits, labels, self.config)
-        return TokenClassifierOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
-        )
-
-
-class RecurrentGemmaForQuestionAnswering(RecurrentGemmaPreTrainedModel):
-    """Start and end of an answer in the text."""
-
-    def __init__(self, config: RecurrentGemmaConfig) -> None:
-        super().__init__(config)
-        self.model = RecurrentGemmaModel(config)
-        self.qa_outputs = _new_linear(config.hidden_size, 2, bias=True)
-        self.post_init()
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        start_positions: torch.LongTensor | None = None,
-        end_positions: torch.LongTensor | None = None,
-        **kwargs: Any,
-    ) -> QuestionAnsweringModelOutput:
-        """start_logits and end_logits (B, T); positions (B,) int64. Other arguments as in `RecurrentGemmaModel`."""
-        _refuse_shard(kwargs)
-        outputs = self.model(input_ids=input_ids, return_dict=True, **kwargs)
-        start_logits, end_logits = (x.contiguous() for x in self.qa_outputs(outputs.last_hidden_state).unbind(-1))
-        loss = None
-        if start_positions is not None and end_positions is not None:
-            loss = self.loss_function(start_logits, end_logits, start_positions, end_positions)
-        return QuestionAnsweringModelOutput(
-            loss=loss,
-            start_logits=start_logits,
-            end_logits=end_logits,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
-
 
 __all__ = [
     "RecurrentGemmaForCausalLM",
-    "RecurrentGemmaForQuestionAnswering",
-    "RecurrentGemmaForSequenceClassification",
-    "RecurrentGemmaForTokenClassification",
     "RecurrentGemmaModel",
     "RecurrentGemmaPreTrainedModel",
 ]

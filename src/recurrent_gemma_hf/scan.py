@@ -77,8 +77,10 @@ def linear_recurrence_reference(x_BTD: Tensor, a_BTD: Tensor, h0_BD: Tensor | No
 
 
 def _accumulation_dtype(*tensors: Tensor | None) -> torch.dtype:
-    is_double = any(t is not None and t.dtype == torch.float64 for t in tensors)
-    return torch.float64 if is_double else torch.float32
+    for tensor in tensors:
+        if tensor is not None and tensor.dtype == torch.float64:
+            return torch.float64
+    return torch.float32
 
 
 def _check_inputs(x_BTD: Tensor, a_BTD: Tensor, h0_BD: Tensor | None) -> None:

@@ -130,27 +130,25 @@ class _BothCacheNames:
     """Makes an output answer to both names of the cache: as an argument, an attribute, a key, in get() and in `in`."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{_field(name): value for name, value in kwargs.items()})
+        if _OTHER_CACHE_NAME in kwargs:
+            kwargs[CACHE_NAME] = kwargs.pop(_OTHER_CACHE_NAME)
+        super().__init__(*args, **kwargs)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(_field(name), value)
+        super().__setattr__(CACHE_NAME if name == _OTHER_CACHE_NAME else name, value)
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        super().__setitem__(_field(key), value)  # type: ignore[misc]
+        super().__setitem__(CACHE_NAME if key == _OTHER_CACHE_NAME else key, value)  # type: ignore[misc]
 
     def __getitem__(self, key: Any) -> Any:
-        return super().__getitem__(_field(key))  # type: ignore[misc]
+        return super().__getitem__(CACHE_NAME if key == _OTHER_CACHE_NAME else key)  # type: ignore[misc]
 
     def __contains__(self, key: Any) -> bool:
-        return super().__contains__(_field(key))  # type: ignore[misc]
+        return super().__contains__(CACHE_NAME if key == _OTHER_CACHE_NAME else key)  # type: ignore[misc]
 
     def get(self, key: Any, default: Any = None) -> Any:
         """As a dict's; None is not stored, as everywhere in Transformers' outputs."""
-        return super().get(_field(key), default)  # type: ignore[misc]
-
-
-def _field(key: Any) -> Any:
-    return CACHE_NAME if key == _OTHER_CACHE_NAME else key
+        return super().get(CACHE_NAME if key == _OTHER_CACHE_NAME else key, default)  # type: ignore[misc]
 
 
 setattr(_BothCacheNames, _OTHER_CACHE_NAME, property(lambda output: getattr(output, CACHE_NAME)))

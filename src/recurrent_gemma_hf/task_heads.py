@@ -1,0 +1,146 @@
+"""Heads for other tasks than the next token: a label per sequence, a label per token, the place of an answer.
+
+Shapes: B batch, T tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .configuration_recurrent_gemma import RecurrentGemmaConfig
+from .inputs import last_true, select_columns
+from .modeling_recurrent_gemma import RecurrentGemmaModel, RecurrentGemmaPreTrainedModel, new_linear
+from .transformers_compat import (
+    QuestionAnsweringModelOutput,
+    RecurrentGemmaSequenceClassifierOutput,
+    TokenClassifierOutput,
+    can_return_tuple,
+)
+
+
+def _last_token(
+    config: RecurrentGemmaConfig, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, B: int, T: int
+) -> torch.Tensor | None:
+    """(B, 1) column of the last token of each row; None where nothing tells padding apart."""
+    if attention_mask is not None and attention_mask.ndim == 2:
+        tokens = attention_mask[:, -T:].bool()
+    elif input_ids is not None and config.pad_token_id is not None:
+        tokens = input_ids != config.pad_token_id
+    elif B == 1:
+        return None
+    else:
+        raise ValueError(
+            "which token is the last of each row? give an attention_mask, or set config.pad_token_id for input_ids"
+        )
+    return last_true(tokens)
+
+
+def _refuse_shard(kwargs: dict[str, Any]) -> None:
+    if kwargs.get("sequence_shard") is not None:
+        raise ValueError("only the language model works on a chunk of a sequence; give this one whole sequences")
+
+
+class RecurrentGemmaForSequenceClassification(RecurrentGemmaPreTrainedModel):
+    """One label (or `num_labels` values) per sequence, read from its last token."""
+
+    def __init__(self, config: RecurrentGemmaConfig) -> None:
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = RecurrentGemmaModel(config)
+        self.score = new_linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> RecurrentGemmaSequenceClassifierOutput:
+        """logits (B, num_labels). labels (B,) int64, or float for regression and multi-label problems; padding is
+        told by the attention_mask, else by config.pad_token_id. Other arguments as in `RecurrentGemmaModel`."""
+        _refuse_shard(kwargs)
+        outputs = self.model(
+            input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, return_dict=True, **kwargs
+        )
+        x = outputs.last_hidden_state
+        last = _last_token(self.config, input_ids, attention_mask, *x.shape[:2])
+        logits = self.score(select_columns(x, 1 if last is None else last))[:, 0]
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)
+        return RecurrentGemmaSequenceClassifierOutput(
+            loss=loss,
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            cache=outputs.cache,
+        )
+
+
+class RecurrentGemmaForTokenClassification(RecurrentGemmaPreTrainedModel):
+    """One label per token."""
+
+    def __init__(self, config: RecurrentGemmaConfig) -> None:
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = RecurrentGemmaModel(config)
+        self.score = new_linear(config.hidden_size, config.num_labels, bias=True)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self, input_ids: torch.LongTensor | None = None, labels: torch.LongTensor | None = None, **kwargs: Any
+    ) -> TokenClassifierOutput:
+        """logits (B, T, num_labels). labels (B, T) int64, -100 ignored. Other arguments as in `RecurrentGemmaModel`."""
+        _refuse_shard(kwargs)
+        outputs = self.model(input_ids=input_ids, return_dict=True, **kwargs)
+        logits = self.score(outputs.last_hidden_state)
+        loss = None if labels is None else self.loss_function(logits, labels, self.config)
+        return TokenClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+class RecurrentGemmaForQuestionAnswering(RecurrentGemmaPreTrainedModel):
+    """Start and end of an answer in the text."""
+
+    def __init__(self, config: RecurrentGemmaConfig) -> None:
+        super().__init__(config)
+        self.model = RecurrentGemmaModel(config)
+        self.qa_outputs = new_linear(config.hidden_size, 2, bias=True)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        start_positions: torch.LongTensor | None = None,
+        end_positions: torch.LongTensor | None = None,
+        **kwargs: Any,
+    ) -> QuestionAnsweringModelOutput:
+        """start_logits and end_logits (B, T); positions (B,) int64. Other arguments as in `RecurrentGemmaModel`."""
+        _refuse_shard(kwargs)
+        outputs = self.model(input_ids=input_ids, return_dict=True, **kwargs)
+        start_logits, end_logits = (x.contiguous() for x in self.qa_outputs(outputs.last_hidden_state).unbind(-1))
+        loss = None
+        if start_positions is not None and end_positions is not None:
+            loss = self.loss_function(start_logits, end_logits, start_positions, end_positions)
+        return QuestionAnsweringModelOutput(
+            loss=loss,
+            start_logits=start_logits,
+            end_logits=end_logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+__all__ = [
+    "RecurrentGemmaForQuestionAnswering",
+    "RecurrentGemmaForSequenceClassification",
+    "RecurrentGemmaForTokenClassification",
+]

@@ -235,9 +235,7 @@ def chunked_cross_entropy(
 
     def losses(x_RE: Tensor, labels_R: Tensor) -> Tensor:
         logits = head(x_RE)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        if soft_cap:
-            logits = torch.tanh(logits / soft_cap) * soft_cap
+        logits = soft_capped(logits.to(torch.promote_types(logits.dtype, torch.float32)), soft_cap)
         return F.cross_entropy(
             logits, labels_R, reduction="none", ignore_index=ignore_index, label_smoothing=label_smoothing
         )
@@ -251,6 +249,11 @@ def chunked_cross_entropy(
 
 
 # ---------------------------------------------------------------- what a language model returns
+
+
+def soft_capped(logits: Tensor, soft_cap: float) -> Tensor:
+    """Return soft_cap tanh(logits / soft_cap); 0: no cap."""
+    return torch.tanh(logits / soft_cap) * soft_cap if soft_cap else logits
 
 
 def next_token_loss(
@@ -293,4 +296,4 @@ def next_token_loss(
     return losses_N.sum() / num_items_in_batch
 
 
-__all__ = ["check_labels", "chunked_cross_entropy", "linear_cross_entropy", "next_token_loss"]
+__all__ = ["check_labels", "chunked_cross_entropy", "linear_cross_entropy", "next_token_loss", "soft_capped"]

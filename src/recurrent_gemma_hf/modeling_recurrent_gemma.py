@@ -39,7 +39,7 @@ from .cache_recurrent_gemma import RecurrentGemmaCache
 from .causal_conv1d import causal_conv1d
 from .configuration_recurrent_gemma import RecurrentGemmaConfig
 from .cpu_linear import fast_linear, is_cpu_without_bfloat16, linear
-from .cross_entropy import IGNORE_INDEX, check_labels, linear_cross_entropy, next_token_loss
+from .cross_entropy import IGNORE_INDEX, check_labels, linear_cross_entropy, next_token_loss, soft_capped
 from .generation import RecurrentGemmaGenerationMixin
 from .inputs import (
     Columns,
@@ -655,10 +655,7 @@ class RecurrentGemmaForCausalLM(RecurrentGemmaPreTrainedModel, RecurrentGemmaGen
         cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
-        use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        output_hidden_states: bool | None = None,
-        output_attentions: bool | None = None,
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> RecurrentGemmaCausalLMOutput:
@@ -683,19 +680,14 @@ class RecurrentGemmaForCausalLM(RecurrentGemmaPreTrainedModel, RecurrentGemmaGen
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            cache=cache,
-            past_key_values=past_key_values,
+            cache=one_cache(cache, past_key_values),
             inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            output_hidden_states=output_hidden_states,
-            output_attentions=output_attentions,
             return_dict=True,
             **kwargs,
         )
         x, loss = outputs.last_hidden_state, None
         if labels is not None:
-            positions = document_positions(position_ids, kwargs, *x.shape[:2])
-            labels, kwargs = self._targets(labels, first_tokens(labels, attention_mask, positions), kwargs)
+            labels, kwargs = self._targets(labels, attention_mask, position_ids, kwargs)
         wants_some = not isinstance(logits_to_keep, int) or logits_to_keep != 0
         if labels is not None and self._can_do_without_logits(wants_some, kwargs):
             is_weight = type(self.lm_head) is RecurrentGemmaLMHead and self.lm_head.bias is None
@@ -705,25 +697,22 @@ class RecurrentGemmaForCausalLM(RecurrentGemmaPreTrainedModel, RecurrentGemmaGen
             )
         logits = None
         if loss is None or wants_some or not self.training:
-            logits = self.lm_head(select_columns(x, logits_to_keep))
-            if self.config.logits_soft_cap:
-                logits = torch.tanh(logits / self.config.logits_soft_cap) * self.config.logits_soft_cap
+            logits = soft_capped(self.lm_head(select_columns(x, logits_to_keep)), self.config.logits_soft_cap)
         if labels is not None and loss is None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         if loss is not None and kwargs.get("sequence_shard") is not None:
             loss = kwargs["sequence_shard"].total(loss)
         return RecurrentGemmaCausalLMOutput(
-            loss=loss,
-            logits=logits,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            cache=outputs.cache,
-        )
+            loss=loss, logits=logits,
+            hidden_states=outputs.hidden_states, attentions=outputs.attentions, cache=outputs.cache,
+        )  # fmt: skip
 
     def _targets(
-        self, labels_BT: torch.Tensor, first_BT: torch.Tensor, kwargs: dict[str, Any]
+        self, labels_BT: torch.Tensor, attention_mask: Any, position_ids: torch.Tensor | None, kwargs: dict[str, Any]
     ) -> tuple[torch.Tensor, dict[str, Any]]:
         """labels and `shift_labels`, checked and without the first tokens of documents."""
+        positions = document_positions(position_ids, kwargs, *labels_BT.shape)
+        first_BT = first_tokens(labels_BT, attention_mask, positions)
         ignore_index, shifted = kwargs.get("ignore_index", IGNORE_INDEX), kwargs.get("shift_labels")
         if may_look_at(labels_BT):
             check_labels(labels_BT if shifted is None else shifted, self.config.vocab_size, ignore_index)

@@ -301,6 +301,19 @@ class RecurrentGemmaConfig(PreTrainedConfig):
             raise ValueError(f"unknown preset {name!r}; there are {', '.join(PRESETS)}")
         return cls(**{**PRESETS[name], **overrides})
 
+    @classmethod
+    def adopt(cls, config: PreTrainedConfig) -> RecurrentGemmaConfig:
+        """Return `config`, or what it says as one of ours: Transformers' own, read before this package was imported.
+
+        Raises:
+            ValueError: for a config of another model.
+        """
+        if isinstance(config, cls):
+            return config
+        own = cls.from_dict(config.to_dict())
+        own._attn_implementation = config._attn_implementation
+        return own
+
     @property
     def layers_block_type(self) -> list[str]:
         """ "recurrent" or "attention" for each layer: the pattern, repeated and cut to the number of layers."""

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import Cache, GradientCheckpointingLayer, PreTrainedModel, logging
+from transformers import Cache, GradientCheckpointingLayer, PreTrainedConfig, PreTrainedModel, logging
 from transformers import initialization as init
 
 from .attention import (
@@ -362,8 +362,13 @@ class RecurrentGemmaPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, config: RecurrentGemmaConfig, *args: Any, **kwargs: Any) -> None:
+        if not isinstance(config, RecurrentGemmaConfig):
+            raise ValueError(
+                f"this model takes a {RecurrentGemmaConfig.__module__}.RecurrentGemmaConfig, not a "
+                f"{type(config).__module__}.{type(config).__name__}: convert it with RecurrentGemmaConfig.adopt(config)"
+            )
+        super().__init__(config, *args, **kwargs)
         self.register_load_state_dict_post_hook(_refuse_foreign_adapter)
 
     @torch.no_grad()
@@ -389,6 +394,11 @@ class RecurrentGemmaPreTrainedModel(PreTrainedModel):
             init.copy_(module.recurrent_param, torch.expm1(-0.5 * square.log()).log())
 
     @classmethod
+    def _from_config(cls, config: Any, **kwargs: Any) -> Any:
+        """As in Transformers, also with its own config of this model, as the Auto classes may hand over."""
+        return super()._from_config(RecurrentGemmaConfig.adopt(config), **kwargs)
+
+    @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """As in Transformers, but strict: missing or unexpected weights raise ValueError with their names.
 
@@ -396,6 +406,8 @@ class RecurrentGemmaPreTrainedModel(PreTrainedModel):
         dtype is float32: bfloat16 is emulated there, ten times slower.
         """
         want_info = kwargs.pop("output_loading_info", False)
+        if isinstance(kwargs.get("config"), PreTrainedConfig):
+            kwargs["config"] = RecurrentGemmaConfig.adopt(kwargs["config"])
         no_dtype_asked_for = kwargs.get("dtype", kwargs.get("torch_dtype")) in (None, "auto")  # pipeline says "auto"
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         heads = ("lm_head.", "score.", "qa_outputs.")

@@ -10,13 +10,12 @@ with the others.
 from __future__ import annotations
 
 import dataclasses
-import sys
 from typing import Any
 
 import torch
 import transformers
 from packaging.version import Version
-from transformers import Cache, PreTrainedModel, logging
+from transformers import Cache, logging
 from transformers.activations import ACT2FN
 from transformers.cache_utils import LinearAttentionCacheLayerMixin
 from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES, TensorParallelLayer
@@ -42,7 +41,8 @@ OVERRIDDEN = {
     "PreTrainedModel": (
         "_can_compile_fullgraph _init_weights _keep_in_fp32_modules _no_split_modules _skip_keys_device_placement "
         "_supports_attention_backend _supports_flash_attn _supports_flex_attn _supports_sdpa _tied_weights_keys "
-        "_tp_plan base_model_prefix config_class from_pretrained maybe_distribute_model supports_gradient_checkpointing"
+        "_from_config _tp_plan base_model_prefix config_class from_pretrained maybe_distribute_model "
+        "supports_gradient_checkpointing"
     ),
     "GenerationMixin": (
         "_prepare_cache_for_generation _prepare_position_ids_for_generation generate prepare_inputs_for_generation"
@@ -200,9 +200,8 @@ def with_both_cache_names(generated: Any) -> Any:
 # --- The command line ---------------------------------------------------------------------------------------------
 
 
-def transformers_command(model_class: type[PreTrainedModel]) -> Any:
-    """Return the `transformers` command as a typer app, able to serve, with `model_class` for the checkpoints that name
-    its class.
+def transformers_command() -> Any:
+    """Return the `transformers` command as a typer app, able to serve.
 
     Raises:
         ModuleNotFoundError: with what to install, where Transformers' server cannot run.
@@ -214,10 +213,6 @@ def transformers_command(model_class: type[PreTrainedModel]) -> Any:
         raise ModuleNotFoundError(
             'what `transformers serve` needs is not installed; run: pip install "transformers[serving]"'
         )
-    # `transformers serve` asks neither the Auto classes nor remote code: it takes the class that the checkpoint names
-    # from the transformers module, where Transformers' own model has the same name. The module is looked up now:
-    # importing transformers.processing_utils puts a new one in the place of the one that this file was imported with.
-    setattr(sys.modules["transformers"], model_class.__name__, model_class)
     return app
 
 

@@ -1,5 +1,5 @@
 """The `recurrent-gemma` command: `generate` writes text, `chat` talks, `serve` answers over HTTP, `info` describes a
-model without loading it, `memory` says what training it takes, `eval` measures one.
+model without loading it, `memory` says what training it takes, `eval` measures one, `run` starts another program.
 
 Whatever the user got wrong ends in one line on stderr, with the remedy, and exit status 2.
 """
@@ -15,12 +15,14 @@ from .chat import chat, generate
 from .evaluate import app as evaluation_app
 from .info import info
 from .memory import memory
+from .run import run
 from .serve import serve
 from .shared import PASSED_ON, Problem, note
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 for command in (generate, chat, info, memory):
     app.command()(command)
+app.command(context_settings=PASSED_ON, add_help_option=False)(run)
 app.command(context_settings=PASSED_ON, add_help_option=False)(serve)
 app.add_typer(evaluation_app, name="eval")
 

@@ -64,6 +64,24 @@ def none(S):
     return torch.zeros(S, dtype=torch.bool)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_stays_in_its_sequence(value):
+    """In a token, in a coefficient, in an initial state, in rows that nobody reads, and behind the last sequence."""
+    x, a, states, rows, cu_seqlens, _ = batch([6, 3, 0, 4, 5, 1, 2], padding=2)
+    has_state = torch.tensor([False, True, True, True, False, True, False])
+    sound = states.clone()
+    h = linear_recurrence_varlen(x, a, sound, rows, cu_seqlens, has_state)
+    x[3, 1], a[10, 4], states[rows[5], 0], x[-1] = value, value, value, value
+    states[rows[[0, 4]]] = value
+    found = linear_recurrence_varlen(x, a, states, rows, cu_seqlens, has_state)
+    is_broken = torch.tensor([False] * 3 + [True] * 3 + [False] * 4 + [True] * 3 + [False] * 5 + [True] + [False] * 2)
+    assert torch.equal(found[:21][~is_broken], h[:21][~is_broken])
+    assert found[:21][is_broken].isnan().all()
+    is_broken = torch.tensor([row in rows[[0, 3, 5]].tolist() for row in range(len(states))])
+    assert torch.equal(states[~is_broken], sound[~is_broken])
+    assert states[is_broken].isnan().all()
+
+
 def test_half_precision_keeps_its_states_in_float32():
     inputs = batch([40, 9], dtype=torch.bfloat16)
     expected, pool = one_by_one(*inputs)

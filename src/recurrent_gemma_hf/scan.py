@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .backend import is_transformed, plain_gradients, use_triton
 
@@ -248,7 +249,8 @@ def linear_recurrence_varlen(
     """`linear_recurrence` of S sequences that lie one behind the other, with their states in a pool; for inference.
 
     Sequence s holds tokens cu_seqlens[s] to cu_seqlens[s + 1] - 1. It starts from row state_indices_S[s] of the pool
-    (from zeros where has_initial_state_S[s] is False) and leaves its last state there. Nothing is read back from the
+    (from zeros where has_initial_state_S[s] is False) and leaves its last state there. A sequence that is not finite at
+    some token is NaN from there on, in every channel, and the others do not notice. Nothing is read back from the
     device, so the call can be captured in a CUDA graph.
 
     Args:
@@ -268,27 +270,44 @@ def linear_recurrence_varlen(
     """
     dtype = _accumulation_dtype(x_ND, a_ND, states_PD)
     _check_varlen(x_ND, a_ND, states_PD, state_indices_S, cu_seqlens, has_initial_state_S, dtype)
-    N = x_ND.shape[0]
+    N, D = x_ND.shape
     starts, stops = cu_seqlens[:-1].long(), cu_seqlens[1:].long()
-    is_empty_S1 = (starts == stops)[:, None]
+    is_empty_S = starts == stops
     rows = state_indices_S.long()
     before_SD = states_PD[rows]
     h0_SD = before_SD.masked_fill(~has_initial_state_S[:, None], 0.0)
 
     # The first token of a sequence takes the state in, and its coefficient counts as 0 from then on. One more row
     # behind the tokens receives what empty sequences write.
-    x, a = (torch.empty((N + 1, x_ND.shape[1]), dtype=dtype, device=x_ND.device) for _ in range(2))
+    first_S = torch.where(is_empty_S, N, starts)
+    x, a = torch.empty((2, N + 1, D), dtype=dtype, device=x_ND.device)
+    x[N] = a[N] = 0.0
     for padded, given in ((x, x_ND), (a, a_ND)):
-        padded[:N] = given
-        padded[N] = 0.0
-    first_S = torch.where(starts == stops, N, starts)
-    inside_S = first_S.clamp(max=N - 1)
-    x[first_S] = torch.addcmul(x_ND[inside_S].to(dtype), a_ND[inside_S].to(dtype), h0_SD)
+        torch.nan_to_num(given.to(dtype), nan=0.0, posinf=0.0, neginf=0.0, out=padded[:N])
+    x[first_S] = torch.addcmul(x[first_S], a[first_S], h0_SD.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0))
     a[first_S] = 0.0
     h_1ND, _ = linear_recurrence(x[None, :N], a[None, :N])
-    h_ND = h_1ND[0]
-    states_PD[rows] = torch.where(is_empty_S1, before_SD, h_ND[(stops - 1).clamp(min=0)])
+    h_ND = h_1ND[0].add_(_taint(x_ND, a_ND, h0_SD, first_S, stops))
+    states_PD[rows] = torch.where(is_empty_S[:, None], before_SD, h_ND[(stops - 1).clamp(min=0)])
     return h_ND.to(x_ND.dtype)
+
+
+def _taint(x_ND: Tensor, a_ND: Tensor, h0_SD: Tensor, first_S: Tensor, stops: Tensor) -> Tensor:
+    """Return (N, 1) NaN from where on a sequence is not finite, and 0 before.
+
+    The scan must not see such values: their product with the coefficient 0 would be NaN in the next sequence. Sums show
+    them at the price of one read; where the sum of a token's values leaves float32, the token counts as infinite.
+    """
+    N, dtype = len(x_ND), h0_SD.dtype
+    is_finite_N = (x_ND.sum(1, dtype=dtype) + a_ND.sum(1, dtype=dtype)).isfinite()
+    is_broken = F.pad((~is_finite_N).long(), (0, 1))
+    is_broken[first_S] |= (~h0_SD.sum(1).isfinite()).long()
+    count = is_broken.cumsum(0)
+    before_S = (count - is_broken)[first_S]
+    token = torch.arange(N, device=x_ND.device)
+    sequence_N = torch.searchsorted(stops, token, right=True).clamp_(max=len(stops) - 1)
+    is_tainted_N = count[:N] > before_S[sequence_N]
+    return torch.zeros_like(h0_SD[:1, :1]).masked_fill(is_tainted_N[:, None], torch.nan)
 
 
 def _check_varlen(

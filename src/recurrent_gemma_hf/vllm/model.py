@@ -47,7 +47,7 @@ from vllm.utils.torch_utils import direct_register_custom_op
 from vllm.v1.attention.backends.mamba_attn import BaseMambaAttentionMetadata
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 
-from ..attention import rotate
+from ..attention import rotary_angles, rotate
 from ..backend import use_triton
 from ..causal_conv1d import causal_conv1d
 from ..configuration_recurrent_gemma import RecurrentGemmaConfig
@@ -180,10 +180,8 @@ class Positions(NamedTuple):
 
     @staticmethod
     def of(positions_N: Tensor, config: RecurrentGemmaConfig, dtype: torch.dtype) -> "Positions":
-        """Compute it without a table, which would have to be as long as the longest text."""
-        r = config.rotary_dim // 2
-        exponent = torch.arange(r, device=positions_N.device, dtype=torch.float32) / max(r, 1)
-        angle = positions_N[:, None, None].float() * (1.0 / config.rope_theta**exponent)
+        """Compute it."""
+        angle = rotary_angles(positions_N[:, None], config.rotary_dim, config.rope_theta)
         return Positions(angle.cos().to(dtype), angle.sin().to(dtype), positions_N == 0)
 
 

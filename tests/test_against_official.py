@@ -10,14 +10,14 @@ tolerances.
 import functools
 from collections.abc import Iterable
 
-import oracles
 import pytest
 import torch
-from oracles import official_torch, official_torch_logits
-from small_models import VARIANTS, build, tiny_config
 from torch import Tensor, nn
 
 from recurrent_gemma_hf import RecurrentGemmaCache, RecurrentGemmaConfig, RecurrentGemmaForCausalLM
+from tests import oracles
+from tests.helpers import VARIANTS, build, tiny_config
+from tests.oracles import official_torch, official_torch_logits
 
 LOGITS_TOLERANCE = 1e-4
 GRADIENT_TOLERANCE = 1e-4

@@ -18,10 +18,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from small_models import build, tiny_config
 from torch import Tensor
 
 from recurrent_gemma_hf import RecurrentGemmaCache, RecurrentGemmaConfig, RecurrentGemmaForCausalLM
+from tests.helpers import build, tiny_config
 
 WINDOW = 8
 VARIANTS = ["recurrentgemma", "wide_lru", "hawk", "attention_first", "attention_only"]

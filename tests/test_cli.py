@@ -14,13 +14,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from command import run_command as run
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import recurrent_gemma_hf
 from recurrent_gemma_hf import PRESETS, RecurrentGemmaCache, RecurrentGemmaConfig, RecurrentGemmaForCausalLM
 from recurrent_gemma_hf.cli import conversation, shared
+from tests.helpers import byte_config
+from tests.helpers import run_command as run
 
 SPECIAL_TOKENS = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]
 END_OF_TURN = SPECIAL_TOKENS.index("<end_of_turn>")
@@ -64,13 +65,13 @@ def make_checkpoint(folder: Path, config: RecurrentGemmaConfig, chat_template: s
 
 
 @pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory, tiny_config) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("base"), tiny_config())
+def checkpoint(tmp_path_factory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("base"), byte_config())
 
 
 @pytest.fixture(scope="session")
-def chat_checkpoint(tmp_path_factory, tiny_config) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("tuned"), tiny_config(), CHAT_TEMPLATE)
+def chat_checkpoint(tmp_path_factory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("tuned"), byte_config(), CHAT_TEMPLATE)
 
 
 @pytest.fixture
@@ -294,8 +295,8 @@ def test_a_tokenizer_larger_than_the_model(copied):
     assert_one_line(run("generate", "x", "-m", copied), "has 362 tokens, its model 265; put the model's own")
 
 
-def test_bfloat16_on_a_cpu_without_it_becomes_float32(tmp_path, tiny_config, monkeypatch):
-    folder = make_checkpoint(tmp_path / "bf16", tiny_config())
+def test_bfloat16_on_a_cpu_without_it_becomes_float32(tmp_path, monkeypatch):
+    folder = make_checkpoint(tmp_path / "bf16", byte_config())
     RecurrentGemmaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(folder)
     arguments = ["info", "-m", folder, "--json", "--device", "cpu"]
     for has_bfloat16, dtype in ((False, "float32"), (True, "bfloat16")):
@@ -385,10 +386,10 @@ def test_reset_forgets_and_quit_ends(checkpoint):
     assert "a new conversation" in result.stderr
 
 
-def test_no_mistake_ends_a_chat(checkpoint, tmp_path, tiny_config):
+def test_no_mistake_ends_a_chat(checkpoint, tmp_path):
     foreign = tmp_path / "foreign"
     foreign.write_bytes(b"not a state")
-    other_config = tiny_config(lru_width=32)
+    other_config = byte_config(lru_width=32)
     other = make_checkpoint(tmp_path / "other", other_config)
     state = tmp_path / "other-state"
     succeed("chat", "-m", other, *GREEDY, stdin=f"Hello\n/save {state}\n")

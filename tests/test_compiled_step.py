@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from recurrent_gemma_hf import RecurrentGemmaCache, RecurrentGemmaForCausalLM
+from tests.helpers import byte_config
 
 PLACES = (
     20,
@@ -47,9 +48,9 @@ class Programs:
 
 @pytest.mark.parametrize("kind", ["griffin", "hawk"])
 @pytest.mark.parametrize("batch", [1, 2])
-def test_nothing_is_compiled_again_however_far_the_text_goes(tiny_config, kind: str, batch: int):
+def test_nothing_is_compiled_again_however_far_the_text_goes(kind: str, batch: int):
     blocks = {} if kind == "griffin" else {"block_types": ["recurrent"]}
-    model = RecurrentGemmaForCausalLM(tiny_config(**blocks)).eval()
+    model = RecurrentGemmaForCausalLM(byte_config(**blocks)).eval()
     prompt, ids = torch.randint(2, 265, (batch, 12)), torch.randint(2, 265, (batch, 1))
     programs = Programs()
     compiled = torch.compile(model, fullgraph=True, backend=programs)
@@ -70,8 +71,8 @@ def test_nothing_is_compiled_again_however_far_the_text_goes(tiny_config, kind: 
     assert cache.get_seq_length() == PLACES[-1] + 2
 
 
-def test_columns_counted_by_a_compiled_step_are_not_lost(tiny_config, tmp_path):
-    model = RecurrentGemmaForCausalLM(tiny_config()).eval()
+def test_columns_counted_by_a_compiled_step_are_not_lost(tmp_path):
+    model = RecurrentGemmaForCausalLM(byte_config()).eval()
     prompt, ids = torch.randint(2, 265, (1, 12)), torch.randint(2, 265, (1, 1))
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     with torch.no_grad():

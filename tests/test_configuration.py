@@ -20,6 +20,7 @@ from recurrent_gemma_hf import (
     RecurrentGemmaForCausalLM,
     RecurrentGemmaForSequenceClassification,
 )
+from tests.helpers import byte_config
 
 FIXTURES = Path(__file__).parent / "fixtures"
 INHERITED = {field.name for field in dataclasses.fields(PreTrainedConfig)}
@@ -140,18 +141,18 @@ def test_presets_can_be_overridden_and_misspelled():
 # --- derived values, copies, files ------------------------------------------------------------------------------------
 
 
-def test_the_pattern_is_cycled_and_cut(tiny_config):
-    config = tiny_config(block_types=("attention", "recurrent", "recurrent"), num_hidden_layers=5)
+def test_the_pattern_is_cycled_and_cut():
+    config = byte_config(block_types=("attention", "recurrent", "recurrent"), num_hidden_layers=5)
     assert config.layers_block_type == ["attention", "recurrent", "recurrent", "attention", "recurrent"]
     assert config.layer_types == [
         {"attention": "sliding_attention", "recurrent": "linear_attention"}[kind] for kind in config.layers_block_type
     ]
     assert config.sliding_window == config.attention_window_size + 1
-    assert tiny_config(layers_block_type=["recurrent", "recurrent", "attention"]).num_hidden_layers == 3
+    assert byte_config(layers_block_type=["recurrent", "recurrent", "attention"]).num_hidden_layers == 3
 
 
-def test_values_that_follow_from_others(tiny_config):
-    config = tiny_config(lru_width=None, num_hidden_layers=8)
+def test_values_that_follow_from_others():
+    config = byte_config(lru_width=None, num_hidden_layers=8)
     assert (config.head_dim, config.lru_width, config.final_w_init_variance_scale) == (8, 32, 0.25)
 
 
@@ -201,15 +202,15 @@ def test_round_trip(way: Callable, values, tmp_path):
     assert copied.to_dict() == {**config.to_dict(), "_name_or_path": copied.to_dict()["_name_or_path"]}
 
 
-def test_a_copy_shares_nothing(tiny_config):
-    config = tiny_config()
+def test_a_copy_shares_nothing():
+    config = byte_config()
     copied = copy.deepcopy(config)
     copied.block_types.append("attention")
     assert config.block_types == ["recurrent", "recurrent", "attention"]
 
 
-def test_overrides_while_reading_a_file(tiny_config, tmp_path):
-    tiny_config().save_pretrained(tmp_path)
+def test_overrides_while_reading_a_file(tmp_path):
+    byte_config().save_pretrained(tmp_path)
     config = AutoConfig.from_pretrained(tmp_path, attention_window_size=5, num_labels=7)
     assert (config.attention_window_size, config.num_labels) == (5, 7)
 
@@ -333,14 +334,14 @@ EFFECTS: dict[str, tuple[Callable, object]] = {
 
 
 @pytest.mark.parametrize("field", OWN_FIELDS)
-def test_every_field_changes_something(field, tiny_config):
+def test_every_field_changes_something(field):
     if field == "head_dim":  # has one possible value in a model with attention, and says so
         with pytest.raises(ValueError, match="head_dim=16 times num_attention_heads=4 must be hidden_size=32"):
-            tiny_config(head_dim=16)
+            byte_config(head_dim=16)
         return
     assert field in EFFECTS, f"add an effect of the new field {field!r} to EFFECTS"
     has_effect, value = EFFECTS[field]
-    config, changed = tiny_config(), tiny_config(**{field: value})
+    config, changed = byte_config(), byte_config(**{field: value})
     assert getattr(config, field) != getattr(changed, field)
     assert has_effect(config, changed), f"{field} has no effect"
 
@@ -350,14 +351,14 @@ def test_every_field_changes_something(field, tiny_config):
     [changes_shapes, changes_logits, changes_initial_values, changes_training, returns_no_cache,
      changes_the_last_token, unties_the_head],
 )  # fmt: skip
-def test_no_effect_is_seen_where_there_is_none(has_effect, tiny_config):
+def test_no_effect_is_seen_where_there_is_none(has_effect):
     """The control: a config against its copy."""
-    assert not has_effect(tiny_config(), tiny_config())
+    assert not has_effect(byte_config(), byte_config())
 
 
-def test_the_initialisation_scales_change_what_they_name(tiny_config):
+def test_the_initialisation_scales_change_what_they_name():
     def stds(**fields):
-        model = model_of(tiny_config(lru_width=400, intermediate_size=2000, **fields))
+        model = model_of(byte_config(lru_width=400, intermediate_size=2000, **fields))
         return {name: parameter.std().item() for name, parameter in model.named_parameters()}
 
     before, after = stds(), stds(final_w_init_variance_scale=2 / 3 * 4)
@@ -369,20 +370,20 @@ def test_the_initialisation_scales_change_what_they_name(tiny_config):
         assert after[name] == pytest.approx((2 if "conv_1d.weight" in name else 1) * before[name], rel=1e-4), name
 
 
-def test_a_scale_of_zero_means_zeros(tiny_config):
-    model = model_of(tiny_config(final_w_init_variance_scale=0.0, w_init_variance_scale=0.0))
+def test_a_scale_of_zero_means_zeros():
+    model = model_of(byte_config(final_w_init_variance_scale=0.0, w_init_variance_scale=0.0))
     zeros = ("linear_out.weight", "o_proj.weight", "down_proj.weight", "conv_1d.weight")
     assert all(not p.any() for name, p in model.named_parameters() if name.endswith(zeros))
 
 
-def test_inherited_fields(tiny_config):
+def test_inherited_fields():
     tokens = torch.tensor([[5, 6, 7]])
-    assert len(model_of(tiny_config(output_hidden_states=True))(tokens).hidden_states) == 4
-    assert isinstance(model_of(tiny_config(return_dict=False))(tokens), tuple)
-    assert AutoModelForCausalLM.from_config(tiny_config(dtype="bfloat16")).dtype == torch.bfloat16
-    classifier = RecurrentGemmaForSequenceClassification(tiny_config(id2label={0: "a", 1: "b", 2: "c"}))
+    assert len(model_of(byte_config(output_hidden_states=True))(tokens).hidden_states) == 4
+    assert isinstance(model_of(byte_config(return_dict=False))(tokens), tuple)
+    assert AutoModelForCausalLM.from_config(byte_config(dtype="bfloat16")).dtype == torch.bfloat16
+    classifier = RecurrentGemmaForSequenceClassification(byte_config(id2label={0: "a", 1: "b", 2: "c"}))
     assert classifier(tokens).logits.shape == (1, 3)
-    classifier = RecurrentGemmaForSequenceClassification(tiny_config(num_labels=1, problem_type="regression"))
+    classifier = RecurrentGemmaForSequenceClassification(byte_config(num_labels=1, problem_type="regression"))
     assert classifier(tokens, labels=torch.tensor([0.5])).loss.ndim == 0
 
 
@@ -403,9 +404,9 @@ def test_inherited_fields(tiny_config):
     ],
     ids=str,
 )
-def test_extreme_values_work(values, tiny_config):
+def test_extreme_values_work(values):
     """Training, and one forward = token by token, through the cache."""
-    model = model_of(tiny_config(**values))
+    model = model_of(byte_config(**values))
     tokens = torch.randint(0, model.config.vocab_size, (2, 21))
     loss = model(tokens, labels=tokens).loss
     loss.backward()
@@ -476,9 +477,9 @@ BAD_VALUES = [
 
 
 @pytest.mark.parametrize(("name", "value"), BAD_VALUES, ids=lambda value: str(value).replace(" ", ""))
-def test_bad_values_are_refused_by_name(name, value, tiny_config):
+def test_bad_values_are_refused_by_name(name, value):
     with pytest.raises(ValueError, match=rf"\b{name.removeprefix('_')}\b"):
-        tiny_config(**{name: value})
+        byte_config(**{name: value})
 
 
 @pytest.mark.parametrize(
@@ -497,13 +498,13 @@ def test_bad_values_are_refused_by_name(name, value, tiny_config):
     ],
     ids=str,
 )  # fmt: skip
-def test_contradictions(fields, message, tiny_config):
+def test_contradictions(fields, message):
     with pytest.raises(ValueError, match=message):
-        tiny_config(**fields)
+        byte_config(**fields)
 
 
-def test_a_bad_file_is_refused_by_name(tiny_config, tmp_path):
-    values = json.loads(tiny_config().to_json_string()) | {"conv1d_widht": 4}
+def test_a_bad_file_is_refused_by_name(tmp_path):
+    values = json.loads(byte_config().to_json_string()) | {"conv1d_widht": 4}
     (tmp_path / "config.json").write_text(json.dumps(values))
     with pytest.raises(ValueError, match="'conv1d_widht'"):
         AutoConfig.from_pretrained(tmp_path)
@@ -526,8 +527,8 @@ def test_a_bad_file_is_refused_by_name(tiny_config, tmp_path):
     ],
 )
 @pytest.mark.parametrize("build", [RecurrentGemmaForCausalLM, AutoModelForCausalLM.from_config], ids=["class", "auto"])
-def test_later_changes_are_checked_when_a_model_is_built(name, value, build, tiny_config):
-    config = tiny_config()
+def test_later_changes_are_checked_when_a_model_is_built(name, value, build):
+    config = byte_config()
     setattr(config, name, value)
     with pytest.raises(ValueError, match=name):
         build(config)

@@ -15,18 +15,18 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import oracles  # skips this file where the official code is not installed
 import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_models import VARIANTS, build, tiny_config
-from test_conversion_tokenizer import train
-from test_upload import REPO, TOKEN, running_hub
 from torch import Tensor
 from transformers import AutoTokenizer
 
 from recurrent_gemma_hf import RecurrentGemmaConfig, RecurrentGemmaForCausalLM
+from tests import oracles  # skips this file where the official code is not installed
+from tests.helpers import VARIANTS, build, tiny_config
+from tests.test_conversion_tokenizer import train
+from tests.test_upload import REPO, TOKEN, running_hub
 
 ocp = pytest.importorskip("orbax.checkpoint", reason="install this package with its `test` extra")
 tensorstore = pytest.importorskip("tensorstore", reason="install this package with its `test` extra")

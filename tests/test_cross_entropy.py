@@ -8,7 +8,6 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from small_models import VARIANTS, build, tiny_config
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import GemmaConfig
@@ -16,6 +15,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.trainer_pt_utils import LabelSmoother
 
 from recurrent_gemma_hf import RecurrentGemmaForCausalLM, cross_entropy, linear_cross_entropy
+from tests.helpers import VARIANTS, build, tiny_config
 
 IGNORED = -100
 V = tiny_config().vocab_size

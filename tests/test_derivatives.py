@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from small_models import build, tiny_config
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import functional_call
 
 from recurrent_gemma_hf import RecurrentGemmaForCausalLM, linear_recurrence, set_backend
 from recurrent_gemma_hf.scan import linear_recurrence_reference
+from tests.helpers import build, tiny_config
 
 # Torch imports its own decompositions for forward mode, and scripts them.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")

@@ -7,12 +7,12 @@ import re
 import pytest
 import torch
 import yaml
-from command import run_command
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
 from recurrent_gemma_hf import RecurrentGemmaForCausalLM, demo_checkpoint
 from recurrent_gemma_hf.cli import evaluate
+from tests.helpers import run_command
 
 pytest.importorskip("lm_eval", reason="the extra eval is not installed")
 

@@ -7,12 +7,12 @@ import json
 
 import pytest
 import torch
-from command import run_command
 from transformers import AutoTokenizer
 
 from recurrent_gemma_hf import RecurrentGemmaForCausalLM, demo_checkpoint
 from recurrent_gemma_hf.evaluation import position_loss, streaming
 from recurrent_gemma_hf.evaluation.position_loss import Wanted
+from tests.helpers import byte_config, run_command
 
 TEXT = "ROMEO:\nWhat, shall this speech be spoke for our excuse? Or shall we on without apology?\n"
 
@@ -24,8 +24,8 @@ def tokenizer():
 
 @pytest.mark.parametrize("chunk", [1, 7, 1000])
 @pytest.mark.parametrize("block_types", [("recurrent", "recurrent", "attention"), ("recurrent",)])
-def test_streamed_losses_equal_one_long_forward(tiny_config, chunk, block_types):
-    model = RecurrentGemmaForCausalLM(tiny_config(block_types=block_types)).eval()
+def test_streamed_losses_equal_one_long_forward(chunk, block_types):
+    model = RecurrentGemmaForCausalLM(byte_config(block_types=block_types)).eval()
     tokens_BT = torch.randint(265, (2, 50))
     with torch.no_grad():
         logits_BTV = model(tokens_BT, use_cache=False).logits
@@ -34,8 +34,8 @@ def test_streamed_losses_equal_one_long_forward(tiny_config, chunk, block_types)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_nothing_to_predict_is_refused(tiny_config):
-    model = RecurrentGemmaForCausalLM(tiny_config())
+def test_nothing_to_predict_is_refused():
+    model = RecurrentGemmaForCausalLM(byte_config())
     with pytest.raises(ValueError, match="1 tokens leave nothing to predict"):
         list(streaming.streamed_losses(model, torch.zeros(1, 1, dtype=torch.long)))
 
@@ -47,8 +47,8 @@ def test_chunks_keep_the_logits_at_a_gigabyte():
     assert streaming.chunk_length(1 << 40) == 1
 
 
-def test_the_memory_of_a_stream_is_constant(tiny_config, monkeypatch):
-    model = RecurrentGemmaForCausalLM(tiny_config())
+def test_the_memory_of_a_stream_is_constant(monkeypatch):
+    model = RecurrentGemmaForCausalLM(byte_config())
     sizes = []
 
     class Watched(streaming.RecurrentGemmaCache):

@@ -15,8 +15,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from oracles import official_torch, official_torch_logits
-from small_models import build, tiny_config
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import (
@@ -29,6 +27,8 @@ from transformers import (
 )
 
 from recurrent_gemma_hf import RecurrentGemmaCache, RecurrentGemmaConfig, RecurrentGemmaForCausalLM
+from tests.helpers import build, tiny_config
+from tests.oracles import official_torch, official_torch_logits
 
 WINDOW = 8
 PROMPT = 11  # longer than the window

@@ -14,7 +14,6 @@ import pytest
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
-from small_models import build, tiny_config
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoConfig,
@@ -37,6 +36,7 @@ from recurrent_gemma_hf import (
     RecurrentGemmaModel,
     modeling_recurrent_gemma,
 )
+from tests.helpers import build, tiny_config
 
 AUTO_CLASSES = {
     AutoModel: RecurrentGemmaModel,

@@ -12,17 +12,17 @@ import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import oracles
 import pytest
 import torch
-from oracles import official_torch, official_torch_logits
-from small_models import build, tiny_config
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationMixin, logging
 from transformers.models.recurrent_gemma import configuration_recurrent_gemma as in_tree_configuration
 from transformers.models.recurrent_gemma import modeling_recurrent_gemma as in_tree_modeling
 
 from recurrent_gemma_hf import RecurrentGemmaCache, RecurrentGemmaConfig, RecurrentGemmaForCausalLM
+from tests import oracles
+from tests.helpers import build, tiny_config
+from tests.oracles import official_torch, official_torch_logits
 
 SEED = 3
 LOGITS_TOLERANCE = 1e-4  # for logits of order 1, as in test_against_official.py

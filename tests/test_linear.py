@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from recurrent_gemma_hf import RecurrentGemmaForCausalLM, cpu_linear
 from recurrent_gemma_hf.cpu_linear import FEW_ROWS, linear
+from tests.helpers import byte_config
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 5e-3, torch.float64: 1e-14}
 
@@ -91,9 +92,9 @@ def test_whoever_listens_to_a_layer_or_replaced_its_forward_is_heard():
     assert heard[2:] == ["forward"]
 
 
-def test_every_projection_is_what_quantizers_look_for(tiny_config):
+def test_every_projection_is_what_quantizers_look_for():
     """bitsandbytes replaces what is nn.Linear to the letter, and passes over subclasses."""
-    layers = RecurrentGemmaForCausalLM(tiny_config()).model.named_modules()
+    layers = RecurrentGemmaForCausalLM(byte_config()).model.named_modules()
     kinds = {name: type(module) for name, module in layers if isinstance(module, nn.Linear)}
     assert len(kinds) == 3 * 3 + 2 * 3 + 4
     assert set(kinds.values()) == {nn.Linear}

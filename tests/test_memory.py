@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from command import run_command
-from small_models import tiny_config
 
 from recurrent_gemma_hf import RecurrentGemmaConfig
 from recurrent_gemma_hf.memory import STRATEGIES, training_memory
+from tests.helpers import run_command, tiny_config
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 GB = 10**9

@@ -8,11 +8,11 @@ import pytest
 import safetensors.torch
 import torch
 from huggingface_hub import ModelCard, ModelCardData
-from test_conversion_tokenizer import GEMMA, train
 
 from conversion.cards import CARDS, MARK, PUBLISHED, published_name, write_card
 from conversion.tokenizer import write_tokenizer
 from recurrent_gemma_hf import RecurrentGemmaConfig, RecurrentGemmaForCausalLM, demo_checkpoint
+from tests.test_conversion_tokenizer import GEMMA, train
 
 PAPER = "https://arxiv.org/abs/2404.07839"
 GOOGLES_CARD = "https://ai.google.dev/gemma/docs/recurrentgemma/model_card"

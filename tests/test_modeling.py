@@ -11,7 +11,6 @@ import threading
 import accelerate
 import pytest
 import torch
-from small_models import build, perturb, tiny_config
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import (
@@ -31,6 +30,7 @@ from recurrent_gemma_hf import (
     RecurrentGemmaForTokenClassification,
     RecurrentGemmaModel,
 )
+from tests.helpers import build, perturb, tiny_config
 
 HEADS = [
     RecurrentGemmaForCausalLM,
@@ -163,7 +163,7 @@ def test_lambda_of_a_wide_model():
 @pytest.mark.parametrize("variant", ["recurrentgemma", "wide_lru", "hawk"])
 def test_initial_statistics_equal_those_of_the_official_model(variant):
     config = tiny_config(variant, **{**MEDIUM, "lru_width": 256 if variant == "recurrentgemma" else 384})
-    oracles = pytest.importorskip("oracles")
+    oracles = pytest.importorskip("tests.oracles")
     ours = oracles.to_official_state(config, RecurrentGemmaForCausalLM(config).state_dict())
     official = oracles.official_torch_code.Griffin(oracles.official_config(config)).state_dict()
     assert ours.keys() == official.keys()

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from small_models import VARIANTS, build, tiny_config
 from torch import Tensor
 from transformers import DataCollatorWithFlattening
+
+from tests.helpers import VARIANTS, build, tiny_config
 
 LENGTHS = [1, 37, 5, 2, 16]  # below and beyond the attention window of 12, one without anything to predict
 IGNORED = -100

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_models import build, tiny_config
 from torch import nn
 from transformers import (
     AutoTokenizer,
@@ -26,6 +25,7 @@ from recurrent_gemma_hf import (
     demo_checkpoint,
     parameter_groups,
 )
+from tests.helpers import build, tiny_config
 
 pytestmark = [
     # Transformers 5.23 has new names for these, which 5.17, peft and trl do not know.

@@ -28,6 +28,7 @@ from recurrent_gemma_hf import (
     transformers_compat,
 )
 from recurrent_gemma_hf.transformers_compat import CACHE_NAME, OVERRIDDEN, READ, SUPPORTED_RELEASES, release_problem
+from tests.helpers import byte_config
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = Path(recurrent_gemma_hf.__file__).parent
@@ -52,8 +53,8 @@ def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("model_class", MODELS)
-def test_forward_takes_both_names_and_its_output_answers_to_both(tiny_config, said, model_class, name: str):
-    model = model_class(tiny_config(num_labels=2)).eval()
+def test_forward_takes_both_names_and_its_output_answers_to_both(said, model_class, name: str):
+    model = model_class(byte_config(num_labels=2)).eval()
     ids = torch.randint(3, 265, (1, 12))
     cache = RecurrentGemmaCache(model.config)
     with torch.no_grad():
@@ -76,8 +77,8 @@ def test_forward_takes_both_names_and_its_output_answers_to_both(tiny_config, sa
     assert said == []
 
 
-def test_the_cache_is_the_fourth_argument(tiny_config):
-    model = RecurrentGemmaForCausalLM(tiny_config()).eval()
+def test_the_cache_is_the_fourth_argument():
+    model = RecurrentGemmaForCausalLM(byte_config()).eval()
     cache, ids = RecurrentGemmaCache(model.config), torch.randint(3, 265, (1, 5))
     assert model(ids, None, None, cache).cache is cache
     assert list(inspect.signature(model.forward).parameters)[3] == "cache"
@@ -87,8 +88,8 @@ def test_the_cache_is_the_fourth_argument(tiny_config):
 @pytest.mark.parametrize(
     ("model_class", "method"), [*((kind, "forward") for kind in MODELS), (RecurrentGemmaForCausalLM, "generate")]
 )
-def test_two_caches_are_an_error_and_one_twice_is_not(tiny_config, model_class, method: str):
-    model = model_class(tiny_config()).eval()
+def test_two_caches_are_an_error_and_one_twice_is_not(model_class, method: str):
+    model = model_class(byte_config()).eval()
     call = model.generate if method == "generate" else model
     ids, cache = torch.randint(3, 265, (1, 5)), RecurrentGemmaCache(model.config)
     options = {"max_new_tokens": 2} if method == "generate" else {}
@@ -114,8 +115,8 @@ def test_two_caches_are_an_error_and_one_twice_is_not(tiny_config, model_class, 
     ids=str,
 )
 @pytest.mark.parametrize("blocks", [None, ["recurrent"], ["attention"]], ids=str)
-def test_generate_takes_both_names_and_returns_both(tiny_config, said, blocks, options: dict, name: str):
-    model = RecurrentGemmaForCausalLM(tiny_config(**({} if blocks is None else {"block_types": blocks}))).eval()
+def test_generate_takes_both_names_and_returns_both(said, blocks, options: dict, name: str):
+    model = RecurrentGemmaForCausalLM(byte_config(**({} if blocks is None else {"block_types": blocks}))).eval()
     ids = torch.randint(3, 265, (1, 9))
     common = {"max_new_tokens": 6, "min_new_tokens": 6, "pad_token_id": 0, "return_dict_in_generate": True, **options}
     torch.manual_seed(0)
@@ -149,8 +150,8 @@ def test_tools_see_the_arguments_of_generate():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_outputs_are_made_and_changed_under_both_names(tiny_config, said, name: str):
-    model = RecurrentGemmaForCausalLM(tiny_config()).eval()
+def test_outputs_are_made_and_changed_under_both_names(said, name: str):
+    model = RecurrentGemmaForCausalLM(byte_config()).eval()
     output = model(torch.randint(3, 265, (1, 5)))
     one, two = RecurrentGemmaCache(model.config), RecurrentGemmaCache(model.config)
     made = type(output)(logits=output.logits, **{name: one})
@@ -164,8 +165,8 @@ def test_outputs_are_made_and_changed_under_both_names(tiny_config, said, name: 
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_hooks_of_generate_take_both_names(tiny_config, said, name: str):
-    model = RecurrentGemmaForCausalLM(tiny_config()).eval()
+def test_the_hooks_of_generate_take_both_names(said, name: str):
+    model = RecurrentGemmaForCausalLM(byte_config()).eval()
     ids, cache = torch.randint(3, 265, (1, 9)), RecurrentGemmaCache(model.config)
     model(ids[:, :6], cache=cache)
     mask = torch.ones_like(ids)
@@ -182,14 +183,14 @@ def test_the_hooks_of_generate_take_both_names(tiny_config, said, name: str):
     assert said == []
 
 
-def test_a_cache_of_another_copy_of_the_code_is_refused_once_it_holds_something(tiny_config):
+def test_a_cache_of_another_copy_of_the_code_is_refused_once_it_holds_something():
     """A package and a checkpoint's remote code have one each."""
     spec = importlib.util.spec_from_file_location(
         "recurrent_gemma_hf.another_copy", PACKAGE / "cache_recurrent_gemma.py"
     )
     copy = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(copy)
-    model = RecurrentGemmaForCausalLM(tiny_config()).eval()
+    model = RecurrentGemmaForCausalLM(byte_config()).eval()
     ids, cache = torch.randint(3, 265, (1, 5)), copy.RecurrentGemmaCache(model.config)
     assert model(ids, cache=cache).cache is cache, "an empty one becomes the model's"
     assert type(cache) is RecurrentGemmaCache
@@ -198,8 +199,8 @@ def test_a_cache_of_another_copy_of_the_code_is_refused_once_it_holds_something(
         model(ids, cache=cache)
 
 
-def test_pytrees_and_copies_of_outputs_keep_both_names(tiny_config):
-    output = RecurrentGemmaForCausalLM(tiny_config()).eval()(torch.randint(3, 265, (1, 5)))
+def test_pytrees_and_copies_of_outputs_keep_both_names():
+    output = RecurrentGemmaForCausalLM(byte_config()).eval()(torch.randint(3, 265, (1, 5)))
     leaves, spec = torch.utils._pytree.tree_flatten(output)
     rebuilt = torch.utils._pytree.tree_unflatten(leaves, spec)
     assert type(rebuilt) is type(output)
@@ -208,8 +209,8 @@ def test_pytrees_and_copies_of_outputs_keep_both_names(tiny_config):
     assert replaced.cache is replaced.past_key_values is output.cache
 
 
-def test_a_foreign_cache_under_both_names(tiny_config, said):
-    model = RecurrentGemmaForCausalLM(tiny_config()).eval()
+def test_a_foreign_cache_under_both_names(said):
+    model = RecurrentGemmaForCausalLM(byte_config()).eval()
     ids = torch.randint(3, 265, (1, 12))
     logits = []
     with torch.no_grad():
@@ -352,7 +353,7 @@ def test_the_private_names_in_use_are_listed():
     assert {name for names in READ.values() for name in names.split() if name.startswith("_")} <= used
 
 
-def test_the_names_exist_in_this_release(tiny_config):
+def test_the_names_exist_in_this_release():
     instances = {
         "PreTrainedModel": transformers.GemmaForCausalLM(
             transformers.GemmaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, head_dim=4)

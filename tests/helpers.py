@@ -132,9 +132,9 @@ def in_pieces(model: nn.Module, ids: Tensor, sizes: int | list[int]) -> Tensor:
     return torch.cat([model(piece, past_key_values=cache).logits for piece in ids.split(sizes, dim=1)], dim=1)
 
 
-def load_file(path: Path) -> ModuleType:
-    """Return a module from a file that belongs to no package."""
-    specification = importlib.util.spec_from_file_location(path.stem, path)
+def load_file(path: Path, name: str | None = None) -> ModuleType:
+    """Return a module from a file that belongs to no package, or from another copy of one that does."""
+    specification = importlib.util.spec_from_file_location(name or path.stem, path)
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
     return module
@@ -192,6 +192,18 @@ def assert_same_gradients(got: dict[str, Tensor], expected: dict[str, Tensor], t
         if not error <= tolerance * expected[name].norm()  # NaN is wrong too
     }
     assert not wrong, f"relative errors of gradients above {tolerance:.0e}: {wrong}"
+
+
+# --- linear layers ----------------------------------------------------------------------------------------------------
+
+
+def assert_is_linear(layer: nn.Linear, x: Tensor, out: Tensor) -> None:
+    """Compare `out` with the layer in float64, of the values that its weight has when it is quantized."""
+    weight = layer.weight.dequantize() if hasattr(layer.weight, "qdata") else layer.weight
+    expected = nn.functional.linear(x.double(), weight.double(), None if layer.bias is None else layer.bias.double())
+    assert (out.shape, out.dtype) == (expected.shape, x.dtype)
+    tolerance = {torch.float32: 2e-6, torch.bfloat16: 5e-3, torch.float64: 1e-14}[x.dtype]
+    assert (out.double() - expected).norm() <= tolerance * expected.norm()
 
 
 # --- the command line -------------------------------------------------------------------------------------------------

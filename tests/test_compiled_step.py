@@ -7,20 +7,11 @@ import torch
 from recurrent_gemma_hf import RecurrentGemmaCache, RecurrentGemmaForCausalLM
 from tests.helpers import byte_config
 
-PLACES = (
-    20,
-    1_000,
-    16_777_217,
-    1_000_000,
-    2_000_000_000,
-)  # tokens seen; beyond float32's and near int32's last integer
+# Tokens seen; beyond float32's and near int32's last integer.
+PLACES = (20, 1_000, 16_777_217, 1_000_000, 2_000_000_000)
 
 
-@pytest.fixture(autouse=True)
-def fresh_compiler():
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 def move_to(cache: RecurrentGemmaCache, tokens: int) -> None:

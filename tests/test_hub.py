@@ -199,45 +199,19 @@ def test_shards(model, tmp_path):
         load(tmp_path)
 
 
-# As in the published checkpoints: `model.safetensors.index.json` of recurrentgemma-2b, cut to one layer of each kind.
-PUBLISHED_NAMES = """
-model.embed_tokens.weight
-model.final_norm.weight
-model.layers.0.channel_pre_norm.weight
-model.layers.0.mlp_block.down_proj.bias
-model.layers.0.mlp_block.down_proj.weight
-model.layers.0.mlp_block.gate_proj.bias
-model.layers.0.mlp_block.gate_proj.weight
-model.layers.0.mlp_block.up_proj.bias
-model.layers.0.mlp_block.up_proj.weight
-model.layers.0.temporal_block.conv_1d.bias
-model.layers.0.temporal_block.conv_1d.weight
-model.layers.0.temporal_block.linear_out.bias
-model.layers.0.temporal_block.linear_out.weight
-model.layers.0.temporal_block.linear_x.bias
-model.layers.0.temporal_block.linear_x.weight
-model.layers.0.temporal_block.linear_y.bias
-model.layers.0.temporal_block.linear_y.weight
-model.layers.0.temporal_block.rg_lru.input_gate_bias
-model.layers.0.temporal_block.rg_lru.input_gate_weight
-model.layers.0.temporal_block.rg_lru.recurrent_gate_bias
-model.layers.0.temporal_block.rg_lru.recurrent_gate_weight
-model.layers.0.temporal_block.rg_lru.recurrent_param
-model.layers.0.temporal_pre_norm.weight
-model.layers.1.channel_pre_norm.weight
-model.layers.1.mlp_block.down_proj.bias
-model.layers.1.mlp_block.down_proj.weight
-model.layers.1.mlp_block.gate_proj.bias
-model.layers.1.mlp_block.gate_proj.weight
-model.layers.1.mlp_block.up_proj.bias
-model.layers.1.mlp_block.up_proj.weight
-model.layers.1.temporal_block.k_proj.weight
-model.layers.1.temporal_block.o_proj.bias
-model.layers.1.temporal_block.o_proj.weight
-model.layers.1.temporal_block.q_proj.weight
-model.layers.1.temporal_block.v_proj.weight
-model.layers.1.temporal_pre_norm.weight
-""".split()
+MLP_NAMES = " ".join(f"mlp_block.{name}_proj.{kind}" for name in ("down", "gate", "up") for kind in ("bias", "weight"))
+NORM_NAMES = "channel_pre_norm.weight temporal_pre_norm.weight"
+TEMPORAL_NAMES = [
+    "conv_1d.bias conv_1d.weight linear_out.bias linear_out.weight linear_x.bias linear_x.weight linear_y.bias "
+    "linear_y.weight rg_lru.input_gate_bias rg_lru.input_gate_weight rg_lru.recurrent_gate_bias "
+    "rg_lru.recurrent_gate_weight rg_lru.recurrent_param",
+    "k_proj.weight o_proj.bias o_proj.weight q_proj.weight v_proj.weight",
+]
+PUBLISHED_NAMES = ["model.embed_tokens.weight", "model.final_norm.weight"] + [
+    f"model.layers.{i}.{name}"
+    for i, names in enumerate(TEMPORAL_NAMES)
+    for name in [*f"{MLP_NAMES} {NORM_NAMES}".split(), *(f"temporal_block.{name}" for name in names.split())]
+]
 
 # Instead of E 2560, D 2560, 10 heads, MLP 7680, V 256000: E 8, D 12, 2 heads, MLP 6, V 20
 PUBLISHED_SHAPES = {
@@ -251,6 +225,7 @@ PUBLISHED_SHAPES = {
 
 
 def test_the_published_names_load(tmp_path):
+    assert len(PUBLISHED_NAMES) == 36
     config = tiny_config(vocab_size=20, hidden_size=8, head_dim=4, lru_width=12, num_attention_heads=2,
                          intermediate_size=12, num_hidden_layers=2, block_types=["recurrent", "attention"])  # fmt: skip
     weights = {

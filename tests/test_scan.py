@@ -3,8 +3,8 @@
 The kernels run in Triton's interpreter, with few channels and steps per program, and write to memory full of NaN.
 """
 
-import importlib.util
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from recurrent_gemma_hf import linear_recurrence, set_backend
 from recurrent_gemma_hf import scan as module
 from recurrent_gemma_hf.scan import linear_recurrence_reference
+from tests.helpers import load_file
 from tests.kernels import needs_triton, small_programs
 
 BACKENDS = ("portable", pytest.param("triton", marks=needs_triton))
@@ -400,10 +401,7 @@ def test_operators_keep_their_promises(backend):
 
 def test_two_copies_of_the_file_live_side_by_side():
     """A checkpoint's remote code brings this file a second time, under another name."""
-    spec = importlib.util.spec_from_file_location("recurrent_gemma_hf.some-checkpoint", module.__file__)
-    copy = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(copy)
-    assert copy._NAMESPACE != module._NAMESPACE
+    copy = load_file(Path(module.__file__), "recurrent_gemma_hf.some-checkpoint")
     inputs = make_inputs((2, 20, 3))
     first, second = (results(function, inputs) for function in (copy.linear_recurrence, linear_recurrence))
     for name in first:

@@ -40,10 +40,10 @@ def measured(rows: list[dict]) -> set[str]:
 
 def test_scan(run, tmp_path):
     rows = run("scan")
-    assert measured(rows) >= {"ours: chunked", "ours: reference", "official torch", "official jax"}
+    assert measured(rows) >= {"ours: portable", "official torch", "official jax"}
     assert {row["model"] for row in rows if "error" in row} >= {"fla hgrn", "mamba-ssm"}
-    chunked = next(row for row in rows if row["model"] == "ours: chunked" and row["what"] == "forward")
-    assert chunked["GB/s"] == pytest.approx(3 * 64 * 32 * 4 / chunked["ms"] / 1e6)
+    ours = next(row for row in rows if row["model"] == "ours: portable" and row["what"] == "forward")
+    assert ours["GB/s"] == pytest.approx(3 * 64 * 32 * 4 / ours["ms"] / 1e6)
     assert (tmp_path / "scan_cpu_tiny_float32.png").stat().st_size > 1000
 
 

@@ -58,7 +58,7 @@ def run(name: str, rank: int, world_size: int, folder: Path, port: int) -> None:
     torch.set_num_threads(1)
     try:
         store = dist.FileStore(str(folder / "store"), world_size)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=100))
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=600))
         globals()[name](folder)
         dist.barrier()
     except BaseException:

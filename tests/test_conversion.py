@@ -408,26 +408,6 @@ def test_a_wrong_mapping_is_caught_by_the_logits(tmp_path, config, orbax, pt, mo
     assert left_in(tmp_path) == {"2b", "2b.pt"}
 
 
-def test_a_matrix_left_untransposed_is_caught(tmp_path, monkeypatch):
-    """Where it is square, by the logits; elsewhere by its shape."""
-    monkeypatch.setattr(mapping, "TRANSPOSED", mapping.SAME)
-    square, oblong = tiny_config(), tiny_config("wide_lru")
-    for name, config in (("square", square), ("oblong", oblong)):
-        save_orbax(tmp_path / name, {"params": flax_tree(config, "float32")})
-    with pytest.raises(ConversionError, match=r"wrong shape: blocks.0.recurrent_block.linear_x.kernel is \(48, 80\)"):
-        official_to_hf("jax", tmp_path / "oblong", tmp_path / "hf", options_of(oblong))
-    right = mapping.table
-
-    def only_linear_x(config, dialect):
-        monkeypatch.undo()
-        rows = right(config, dialect)
-        return [row._replace(layout=mapping.SAME) if "linear_x.kernel" in row.official else row for row in rows]
-
-    monkeypatch.setattr(mapping, "table", only_linear_x)
-    with pytest.raises(ConversionError, match="the logits differ"):
-        official_to_hf("jax", tmp_path / "square", tmp_path / "hf", options_of(square, verify=True))
-
-
 def test_a_changed_bit_is_caught(tmp_path, config, pt, monkeypatch):
     write = targets.SafetensorsFolder.write
 

@@ -67,7 +67,7 @@ def test_many_processes_equal_one(fork_server, name: str, ranks: int, tmp_path: 
     reason="deepspeed is not installed; it compiles an extension for a minute on its first use",
 )
 def test_deepspeed_zero_equals_one_process(fork_server, tmp_path: Path) -> None:
-    launch(fork_server, "deepspeed_zero", 2, tmp_path)
+    launch(fork_server, "deepspeed_zero", 2, tmp_path, seconds=800)
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,8 @@ test-oldest: $(OLDEST)/installed-wheel
 # of Transformers and torch (its CUDA build on Linux, some 5 GB). Whatever was released since the last run is installed
 # first. A slice of the tests, about three minutes; `make test` runs all of them. The official code is their oracle: without
 # its dependencies, which would hold numpy back, and with what it imports.
-FIRST_DAY := fresh_install transformers_compat generation cache hub cli modeling compiled_step scan readme
+FIRST_DAY := fresh_install transformers_compat generation cache hub cli modeling heads initial_values dtypes_and_devices \
+	compiled_step scan readme
 test-unpinned:
 	@echo "setting up $(UNPINNED): the wheel and what pip resolves for it today"
 	@$(PYTHON) -m venv $(UNPINNED)

@@ -30,6 +30,7 @@ from recurrent_gemma_hf.causal_conv1d import causal_conv1d
 from recurrent_gemma_hf.rg_lru import RgLruParameters, rg_lru, rg_lru_step
 from recurrent_gemma_hf.scan import linear_recurrence_reference
 from tests import reference
+from tests.helpers import VARIANTS, build, tiny_config
 
 Claims = list[tuple[str, Callable[[], tuple[float, float]]]]
 LIMITS = {torch.float32: 1e-4, torch.bfloat16: 4e-2}  # relative, in norm
@@ -239,14 +240,12 @@ def generation(device: torch.device) -> Claims:
 def official(device: torch.device) -> Claims:
     def claim() -> tuple[float, float]:
         needed("recurrentgemma.torch")
-        sys.path.insert(0, "tests")
-        import oracles
-        import small_models
+        from tests import oracles
 
         worst = 0.0
-        for variant in small_models.VARIANTS:
-            config = small_models.tiny_config(variant)
-            model = small_models.build(config)
+        for variant in VARIANTS:
+            config = tiny_config(variant)
+            model = build(config)
             theirs = oracles.official_torch(config, model.state_dict())
             ids = torch.randint(2, config.vocab_size, (2, 40))
             with torch.no_grad():

@@ -33,7 +33,8 @@ piece() {
       local workers=(-n 8)
       "$PYTHON" -c "import xdist" 2>/dev/null || workers=()
       timeout 260 "$PYTHON" -m pytest -q -p no:cacheprovider ${workers[@]+"${workers[@]}"} tests/test_scan*.py \
-        tests/test_kernels.py tests/test_cache.py tests/test_modeling.py tests/test_against_official.py \
+        tests/test_kernels.py tests/test_cache.py tests/test_modeling.py tests/test_dtypes_and_devices.py \
+        tests/test_heads.py tests/test_initial_values.py tests/test_against_official.py \
         2>&1 | tee "$BENCHMARK_RESULTS/pytest.txt" | tail -25
       ;;
     2) at 250 scan.py && at 280 block.py --shapes 1x8192 8x8192 ;;

@@ -1,4 +1,4 @@
-"""What every test gets: no network, fixed seeds, one thread per process, small configs."""
+"""What every test gets: no network, fixed seeds, one thread per process."""
 
 import os
 import random
@@ -14,8 +14,9 @@ import hypothesis
 import numpy as np
 import pytest
 import torch
+from transformers import AutoTokenizer
 
-from recurrent_gemma_hf import RecurrentGemmaConfig
+from recurrent_gemma_hf import demo_checkpoint
 
 collect_ignore = ["serving"]  # `make test-vllm`, in an environment of their own
 
@@ -33,20 +34,14 @@ def seeds():
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def fresh_compiler():
+    """Forget what torch.compile has compiled: it counts how often, and gives up."""
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
 @pytest.fixture(scope="session")
-def tiny_config():
-    """A factory of configs: one Griffin pattern, a window shorter than the texts; any field can be overridden."""
-
-    def make(**overrides) -> RecurrentGemmaConfig:
-        fields = {
-            "vocab_size": 265,
-            "hidden_size": 32,
-            "intermediate_size": 96,
-            "num_hidden_layers": 3,
-            "num_attention_heads": 4,
-            "lru_width": 40,
-            "attention_window_size": 8,
-        }
-        return RecurrentGemmaConfig(**{**fields, **overrides})
-
-    return make
+def demo_tokenizer():
+    return AutoTokenizer.from_pretrained(demo_checkpoint())

@@ -1,14 +1,13 @@
-"""The checks of test_distributed.py, run by torchrun in several processes: `distributed_worker.py FOLDER`.
+"""The checks of test_distributed.py: what several processes compute equals what one process computes.
 
-Every check runs on every rank, in order, and compares with the same model on one process. Rank 0 writes FOLDER/passed,
-one name per line; the first failure ends the run, and every rank that sees one writes FOLDER/failed.RANK. Tolerances:
-losses 1e-6, gradients 1e-5 of their norm, in float32.
+Every check runs on every rank, in processes of its own, with a folder of its own. Tolerances: losses 1e-6, gradients
+1e-5 of their norm, in float32.
 """
 
 from __future__ import annotations
 
 import os
-import sys
+import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -33,18 +32,39 @@ from recurrent_gemma_hf import (
     RecurrentGemmaForTokenClassification,
 )
 from recurrent_gemma_hf.context_parallel import shard_sequence
+from tests import helpers
 
-CHECKS: dict[int, list[Callable[[Path], None]]] = {2: [], 4: []}
+CHECKS: list[tuple[str, int]] = []  # name and number of processes
 VOCABULARY = 96
 
 
 def check(*world_sizes: int) -> Callable[[Callable[[Path], None]], Callable[[Path], None]]:
     def register(function: Callable[[Path], None]) -> Callable[[Path], None]:
-        for world_size in world_sizes:
-            CHECKS[world_size].append(function)
+        CHECKS.extend((function.__name__, world_size) for world_size in world_sizes)
         return function
 
     return register
+
+
+def run(name: str, rank: int, world_size: int, folder: Path, port: int) -> None:
+    """Run a check as one of `world_size` processes; write what went wrong to folder/failed.RANK.
+
+    A process that fails leaves: its sockets close, so that the others, which wait for its messages, fail as well.
+    """
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port), "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    }  # fmt: skip
+    torch.set_num_threads(1)
+    try:
+        store = dist.FileStore(str(folder / "store"), world_size)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=600))
+        globals()[name](folder)
+        dist.barrier()
+    except BaseException:
+        (folder / f"failed.{rank}").write_text(traceback.format_exc())
+        raise SystemExit(1) from None
+    dist.destroy_process_group()
 
 
 # --- Models and comparisons ---------------------------------------------------------------------------------------
@@ -100,14 +120,12 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def assert_same_gradients(model: nn.Module, reference: nn.Module, average: dist.ProcessGroup | None = None) -> None:
-    others = dict(reference.named_parameters())
-    for name, parameter in model.named_parameters():
-        expected, gradient = others[name.removeprefix("module.")].grad, whole(parameter.grad)
-        if average is not None:
+    got = {name.removeprefix("module."): whole(parameter.grad) for name, parameter in model.named_parameters()}
+    if average is not None:
+        for gradient in got.values():
             dist.all_reduce(gradient, group=average)
-            gradient = gradient / dist.get_world_size(average)
-        error = ((gradient - expected).norm() / expected.norm()).item()
-        assert error < 1e-5, f"gradient of {name}: relative error {error}"
+            gradient /= dist.get_world_size(average)
+    helpers.assert_same_gradients(got, {name: parameter.grad for name, parameter in reference.named_parameters()})
 
 
 def assert_same_loss(loss: torch.Tensor, expected: torch.Tensor) -> None:
@@ -120,10 +138,10 @@ def greedy(model: RecurrentGemmaForCausalLM, prompt: torch.Tensor) -> torch.Tens
     )
 
 
-def assert_same_weights(folder: Path, reference: nn.Module) -> None:
+def assert_same_weights(folder: Path, reference: nn.Module, rtol: float = 0.0, atol: float = 0.0) -> None:
     loaded = RecurrentGemmaForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
     for name, tensor in reference.state_dict().items():
-        assert torch.equal(loaded[name], tensor), name
+        torch.testing.assert_close(loaded[name], tensor, rtol=rtol, atol=atol, msg=name)
 
 
 # --- Tensor parallelism -------------------------------------------------------------------------------------------
@@ -316,8 +334,7 @@ def context_parallel_without_labels(folder: Path) -> None:
 def context_parallel_messages_do_not_grow(folder: Path) -> None:
     """Whatever leaves a rank goes through these two functions; B (W G 2 h + ...) bytes, and nothing with T."""
     sent: list[int] = []
-    originals = dist.batch_isend_irecv, dist.all_gather, dist.all_reduce
-    first, gather, reduce = originals
+    first, gather, reduce = dist.batch_isend_irecv, dist.all_gather, dist.all_reduce
 
     def batch_isend_irecv(operations: list[Any]) -> Any:
         sent.extend(operation.tensor.nbytes for operation in operations if operation.op is dist.isend)
@@ -333,13 +350,10 @@ def context_parallel_messages_do_not_grow(folder: Path) -> None:
 
     model, totals = make_model(make_config()), []
     dist.batch_isend_irecv, dist.all_gather, dist.all_reduce = batch_isend_irecv, all_gather, all_reduce
-    try:
-        for T in (64, 1024):
-            sent.clear()
-            model(**shard_sequence(language_batch(1, T), dist.group.WORLD)).loss.backward()
-            totals.append(sum(sent))
-    finally:
-        dist.batch_isend_irecv, dist.all_gather, dist.all_reduce = originals
+    for T in (64, 1024):
+        sent.clear()
+        model(**shard_sequence(language_batch(1, T), dist.group.WORLD)).loss.backward()
+        totals.append(sum(sent))
     config = model.config
     recurrent = config.layers_block_type.count("recurrent")
     states = 2 * recurrent * 2 * config.lru_width  # forward and backward, decay and end
@@ -434,7 +448,7 @@ if Version(transformers.__version__) >= Version("5.23"):  # 5.17 divides a model
     check(4)(all_three_at_once)
 
 
-# --- accelerate's FSDP2: last, because its settings outlive it ------------------------------------------------------
+# --- accelerate's FSDP2 -----------------------------------------------------------------------------------------------
 
 
 def accelerate_fsdp() -> Any:
@@ -515,16 +529,29 @@ def fsdp_by_trainer(folder: Path) -> None:
     assert logged == pytest.approx(losses, rel=1e-5)
     trainer.save_model(str(folder / "saved"))
     dist.barrier()
-    loaded = RecurrentGemmaForCausalLM.from_pretrained(folder / "saved", dtype=torch.float32).state_dict()
-    for name, tensor in reference.state_dict().items():
-        torch.testing.assert_close(loaded[name], tensor, rtol=1e-4, atol=1e-5, msg=name)
+    assert_same_weights(folder / "saved", reference, rtol=1e-4, atol=1e-5)
+
+
+# --- controls of the launch: not in CHECKS ----------------------------------------------------------------------------
+
+
+def one_rank_fails(folder: Path) -> None:
+    if dist.get_rank() == 1:
+        raise ArithmeticError("this rank cannot add")
+    dist.barrier()
+
+
+def one_rank_hangs(folder: Path) -> None:
+    if dist.get_rank() == 1:
+        time.sleep(1000)
+    dist.barrier()
 
 
 # --- DeepSpeed ----------------------------------------------------------------------------------------------------
 
 
 def deepspeed_zero(folder: Path) -> None:
-    """Three steps of ZeRO 2 and 3 equal those of one process; no check of CHECKS, see test_distributed.py."""
+    """Three steps of ZeRO 2 and 3 equal those of one process. Not in CHECKS: see test_distributed.py."""
     import deepspeed
     from deepspeed.utils import safe_get_full_fp32_param
 
@@ -554,32 +581,3 @@ def deepspeed_zero(folder: Path) -> None:
             assert_same_loss(mean / 2, expected)
         for parameter, expected in zip(model.parameters(), reference.parameters(), strict=True):
             torch.testing.assert_close(safe_get_full_fp32_param(parameter), expected.detach(), rtol=1e-5, atol=1e-6)
-
-
-# --- Run ----------------------------------------------------------------------------------------------------------
-
-
-def main() -> None:
-    folder = Path(sys.argv[1])
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=240))
-    functions = CHECKS[dist.get_world_size()]
-    for function in [globals()[name] for name in sys.argv[2:]] or functions:
-        own = folder / function.__name__
-        own.mkdir(exist_ok=True)
-        try:
-            function(own)
-        except BaseException:
-            (folder / f"failed.{dist.get_rank()}").write_text(f"{function.__name__}: {traceback.format_exc()}")
-            raise
-        dist.barrier()
-        if dist.get_rank() == 0:
-            with open(folder / "passed", "a") as file:
-                file.write(f"{function.__name__}\n")
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    main()

@@ -10,25 +10,28 @@ tolerances.
 import functools
 from collections.abc import Iterable
 
-import oracles
 import pytest
 import torch
-from oracles import official_torch, official_torch_logits
-from small_models import VARIANTS, build, tiny_config
 from torch import Tensor, nn
 
-from recurrent_gemma_hf import RecurrentGemmaCache, RecurrentGemmaConfig, RecurrentGemmaForCausalLM
+from recurrent_gemma_hf import RecurrentGemmaCache, RecurrentGemmaForCausalLM
+from tests import oracles
+from tests.helpers import (
+    VARIANTS,
+    assert_same_gradients,
+    build,
+    gradients,
+    model_of,
+    packed_positions,
+    pad,
+    tiny_config,
+)
+from tests.oracles import official_torch, official_torch_logits
 
 LOGITS_TOLERANCE = 1e-4
 GRADIENT_TOLERANCE = 1e-4
 ATTENTION = ["eager", "sdpa"]
 SEED = 1
-
-
-@functools.cache
-def model_of(variant: str, attention: str = "sdpa") -> RecurrentGemmaForCausalLM:
-    """One perturbed model per variant, shared by the tests, which do not change it."""
-    return build(tiny_config(variant), SEED, attention)
 
 
 @functools.cache
@@ -53,51 +56,6 @@ def assert_logits_agree(ours: Tensor, official: Tensor, what: str) -> None:
     assert ours.shape == official.shape, f"{what}: shape {tuple(ours.shape)} instead of {tuple(official.shape)}"
     error = (ours.float() - official.float()).abs().max().item()
     assert error <= LOGITS_TOLERANCE, f"{what}: logits off by {error:.2e}, more than {LOGITS_TOLERANCE:.0e}"
-
-
-# --- configs and initial values ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("ours", "official"),
-    [
-        ("recurrentgemma-2b", "RECURRENT_GEMMA_2B_V1"),
-        ("recurrentgemma-9b", "RECURRENT_GEMMA_9B_V1"),
-        ("griffin-paper-7b", "GRIFFIN_PAPER_7B"),
-        ("hawk-paper-7b", "HAWK_PAPER_7B"),
-    ],
-)
-def test_presets_are_the_official_ones(ours, official):
-    expected = oracles.common.GriffinConfig.from_preset(oracles.common.Preset[official])
-    mapped = oracles.official_config(RecurrentGemmaConfig.from_preset(ours))
-    assert mapped._replace(scan_type=expected.scan_type) == expected
-
-
-@pytest.mark.parametrize("variant", ["recurrentgemma", "wide_lru"])
-def test_initial_values_follow_the_official_distribution(variant):
-    """Mean and standard deviation of every freshly initialised parameter, within six standard errors of the official
-    sample's.
-    """
-    sizes = {
-        "hidden_size": 256,
-        "head_dim": 64,
-        "intermediate_size": 1024,
-        "lru_width": 256 if variant == "recurrentgemma" else 384,
-    }
-    config = tiny_config(variant, **sizes)
-    torch.manual_seed(SEED)
-    ours = oracles.to_official_state(config, RecurrentGemmaForCausalLM(config).state_dict())
-    official = oracles.official_torch_code.Griffin(oracles.official_config(config)).state_dict()
-    assert ours.keys() == official.keys()
-    for name, expected in official.items():
-        got, standard_error = ours[name], expected.std().item() * (2 / expected.numel()) ** 0.5
-        # All distributions here are normal or constant, but Lambda, whose tails are longer: hence six standard errors.
-        assert abs(got.mean() - expected.mean()).item() <= 6 * standard_error, (
-            f"{name}: mean {got.mean()}, official {expected.mean()}"
-        )
-        assert abs(got.std() - expected.std()).item() <= 6 * standard_error, (
-            f"{name}: std {got.std()}, official {expected.std()}"
-        )
 
 
 def test_every_parameter_shows_in_the_logits():
@@ -177,9 +135,9 @@ def packed_lengths(total: int) -> list[list[int]]:
     return [[1, 1, 2, 3, 17, 9, total - 33], [total - 40, 4, 1, 29, 6]]
 
 
-def packed_positions(total: int) -> Tensor:
+def restarting_positions(total: int) -> Tensor:
     """Position ids (2, total) that restart at 0 with every document of `packed_lengths`."""
-    return torch.stack([torch.cat([torch.arange(length) for length in row]) for row in packed_lengths(total)])
+    return torch.stack([packed_positions(*lengths) for lengths in packed_lengths(total)])
 
 
 @pytest.mark.parametrize("attention", ATTENTION)
@@ -188,7 +146,7 @@ def test_packed_documents(variant, attention):
     """Several documents per row equal both official models, and every document equals itself alone."""
     model, tokens_BT = model_of(variant, attention), random_tokens(variant)
     total = tokens_BT.shape[1]
-    positions_BT = packed_positions(total)
+    positions_BT = restarting_positions(total)
     packed = our_logits(model, tokens_BT, position_ids=positions_BT)
     assert_logits_agree(packed, official_torch_logits(official_of(variant), tokens_BT, positions_BT), "packed, PyTorch")
     jax_logits = oracles.official_jax_logits(model.config, model.state_dict(), tokens_BT, positions_BT)
@@ -204,7 +162,7 @@ def test_decoding_after_packed_documents(variant):
     """A packed prompt goes into the cache; what is decoded after it continues the last document only."""
     model, tokens_BT = model_of(variant), random_tokens(variant)
     total = tokens_BT.shape[1]
-    positions_BT = packed_positions(total)
+    positions_BT = restarting_positions(total)
     official = official_torch_logits(official_of(variant), tokens_BT, positions_BT)
     # Cuts inside the last documents: two tokens after a start, and just before the end of the row.
     for prompt in (total - 4, total - 1):
@@ -224,14 +182,9 @@ def padded_batch(variant: str, side: str) -> tuple[Tensor, Tensor, list[Tensor]]
     """Rows of `PADDED_LENGTHS` tokens padded on `side` with a token of nonzero embedding: tokens, mask (5, 40) and the
     rows alone.
     """
-    tokens_BT = random_tokens(variant, rows=len(PADDED_LENGTHS))[:, : max(PADDED_LENGTHS)]
-    mask_BT = torch.zeros_like(tokens_BT)
-    rows = []
-    for row, length in enumerate(PADDED_LENGTHS):
-        real = slice(-length, None) if side == "left" else slice(0, length)
-        mask_BT[row, real] = 1
-        rows.append(tokens_BT[row, real].clone())
-    return tokens_BT.masked_fill(mask_BT == 0, 7), mask_BT, rows
+    drawn = random_tokens(variant, rows=len(PADDED_LENGTHS))
+    rows = [row[:length] for row, length in zip(drawn, PADDED_LENGTHS, strict=True)]
+    return *pad(rows, side, value=7), rows
 
 
 def positions_by_generate(mask_BT: Tensor) -> Tensor:
@@ -323,29 +276,13 @@ def test_prefill_then_token_by_token(variant, attention):
         assert_logits_agree(decoded, full, f"prompt {prompt}, recomputation")
 
 
-def test_the_model_makes_its_own_cache():
-    """`use_cache=True` without a cache returns one that continues the sequence."""
-    model, tokens_BT = model_of("recurrentgemma"), random_tokens("recurrentgemma")
-    full = official_torch_logits(official_of("recurrentgemma"), tokens_BT)
-    assert_logits_agree(our_decode(model, tokens_BT, 14), full, "prompt 14")
-
-
 # --- gradients --------------------------------------------------------------------------------------------------------
 
 
-def assert_gradients_agree(model: nn.Module, official: dict[str, Tensor]) -> None:
-    """Every parameter has a gradient, none has two, and each is within `GRADIENT_TOLERANCE` of the official one,
-    relative to its norm.
-    """
-    ours = {name: parameter.grad for name, parameter in model.named_parameters()}
-    assert ours.keys() == official.keys()
-    errors = {}
-    for name, expected in official.items():
-        assert ours[name] is not None, f"{name} has no gradient"
-        assert expected.norm() > 0, f"the official gradient of {name} is zero: the test shows nothing"
-        errors[name] = ((ours[name] - expected).norm() / expected.norm()).item()
-    wrong = {name: f"{error:.1e}" for name, error in errors.items() if not error <= GRADIENT_TOLERANCE}
-    assert not wrong, f"relative gradient errors above {GRADIENT_TOLERANCE:.0e}: {wrong}"
+def assert_loss_and_gradients_agree(model: nn.Module, loss: Tensor, official_loss: Tensor, official: dict) -> None:
+    assert abs(loss.item() - official_loss.item()) <= 1e-5 * official_loss.item()
+    assert all(gradient.norm() > 0 for gradient in official.values()), "a gradient of zero shows nothing"
+    assert_same_gradients(gradients(model, loss), official, GRADIENT_TOLERANCE)
 
 
 @pytest.mark.parametrize("documents", ["one", "packed"])
@@ -355,33 +292,27 @@ def test_gradients_of_every_parameter(variant, attention, documents):
     """Gradients of the model's own loss (some labels ignored) against the official PyTorch model's."""
     model, tokens_BT = model_of(variant, attention), random_tokens(variant)
     positions_BT = (
-        packed_positions(tokens_BT.shape[1]) if documents == "packed" else oracles.positions_of(tokens_BT).long()
+        restarting_positions(tokens_BT.shape[1]) if documents == "packed" else oracles.positions_of(tokens_BT).long()
     )
     labels_BT = tokens_BT.masked_fill(positions_BT == 0, -100)  # the first token of a document is nobody's next token
-    loss, gradients = oracles.official_torch_gradients(
+    official_loss, official = oracles.official_torch_gradients(
         model.config, official_of(variant), tokens_BT, labels_BT, positions_BT
     )
-    model.zero_grad(set_to_none=True)
     output = model(input_ids=tokens_BT, labels=labels_BT, position_ids=positions_BT, use_cache=False)
-    output.loss.backward()
-    assert abs(output.loss.item() - loss.item()) <= 1e-5 * loss.item()
-    assert_gradients_agree(model, gradients)
+    assert_loss_and_gradients_agree(model, output.loss, official_loss, official)
 
 
 @pytest.mark.parametrize("variant", ["recurrentgemma", "hawk"])
 def test_gradients_ignore_left_padding(variant):
     """Eleven tokens of padding in front: the same loss and gradients as the official model on the row alone."""
     model, row_BT = model_of(variant), random_tokens(variant, rows=1)[:, :40]
-    loss, gradients = oracles.official_torch_gradients(model.config, official_of(variant), row_BT, row_BT)
+    official_loss, official = oracles.official_torch_gradients(model.config, official_of(variant), row_BT, row_BT)
     padded_BT = nn.functional.pad(row_BT, (11, 0), value=7)
     mask_BT = nn.functional.pad(torch.ones_like(row_BT), (11, 0))
     # The label of the first real token stays out: its logits would come from padding.
     labels_BT = nn.functional.pad(row_BT[:, 1:], (12, 0), value=-100)
-    model.zero_grad(set_to_none=True)
     output = model(input_ids=padded_BT, attention_mask=mask_BT, labels=labels_BT, use_cache=False)
-    output.loss.backward()
-    assert abs(output.loss.item() - loss.item()) <= 1e-5 * loss.item()
-    assert_gradients_agree(model, gradients)
+    assert_loss_and_gradients_agree(model, output.loss, official_loss, official)
 
 
 @pytest.mark.parametrize("recurrent_param", [-12.0, -16.0, -20.0, -25.0])
@@ -399,9 +330,9 @@ def test_gradient_of_the_square_root_is_bounded(recurrent_param):
     official = official_torch(config, model.state_dict())
     what = f"Lambda {recurrent_param}"
     assert_logits_agree(our_logits(model, tokens_BT), official_torch_logits(official, tokens_BT), what)
-    _, gradients = oracles.official_torch_gradients(config, official, tokens_BT, tokens_BT)
-    model(input_ids=tokens_BT, labels=tokens_BT, use_cache=False).loss.backward()
-    assert_gradients_agree(model, gradients)
+    loss, official_gradients = oracles.official_torch_gradients(config, official, tokens_BT, tokens_BT)
+    ours = model(input_ids=tokens_BT, labels=tokens_BT, use_cache=False).loss
+    assert_loss_and_gradients_agree(model, ours, loss, official_gradients)
 
 
 # --- long texts -------------------------------------------------------------------------------------------------------
@@ -418,7 +349,7 @@ def long_case(window: int, length: int, attention: str) -> tuple[RecurrentGemmaF
     official = official_torch(model.config, model.state_dict())
     tokens_BT = torch.randint(0, 101, (2, length), generator=torch.Generator().manual_seed(SEED))
     rows = [[1, 30, 511, 2, 3, length - 547], [length - 600, 600]]
-    positions_BT = torch.stack([torch.cat([torch.arange(document) for document in row]) for row in rows])
+    positions_BT = torch.stack([packed_positions(*row) for row in rows])
     return model, official, tokens_BT, positions_BT
 
 
@@ -453,10 +384,11 @@ def test_gradients_of_long_texts(window, length, attention, documents):
     positions_BT = positions_BT if documents == "packed" else None
     # Ours leaves out by itself what a document would have to predict of the next; the official code has no loss.
     labels_BT = tokens_BT if positions_BT is None else tokens_BT.masked_fill(positions_BT == 0, -100)
-    _, gradients = oracles.official_torch_gradients(model.config, official, tokens_BT, labels_BT, positions_BT)
-    model.zero_grad(set_to_none=True)
-    model(input_ids=tokens_BT, labels=tokens_BT, position_ids=positions_BT, use_cache=False).loss.backward()
-    assert_gradients_agree(model, gradients)
+    loss, official_gradients = oracles.official_torch_gradients(
+        model.config, official, tokens_BT, labels_BT, positions_BT
+    )
+    ours = model(input_ids=tokens_BT, labels=tokens_BT, position_ids=positions_BT, use_cache=False).loss
+    assert_loss_and_gradients_agree(model, ours, loss, official_gradients)
 
 
 # --- bfloat16 ---------------------------------------------------------------------------------------------------------

@@ -18,10 +18,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
-from small_models import build, tiny_config
 from torch import Tensor
 
 from recurrent_gemma_hf import RecurrentGemmaCache, RecurrentGemmaConfig, RecurrentGemmaForCausalLM
+from tests import helpers
+from tests.helpers import build, gradients, tiny_config
 
 WINDOW = 8
 VARIANTS = ["recurrentgemma", "wide_lru", "hawk", "attention_first", "attention_only"]
@@ -550,18 +551,7 @@ def test_the_state_of_a_bfloat16_model_is_float32(variant: str):
 # --- Gradients --------------------------------------------------------------------------------------------------------
 
 
-def gradients(model: RecurrentGemmaForCausalLM, loss: Tensor) -> dict[str, Tensor]:
-    model.zero_grad()
-    loss.backward()
-    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
-
-
-def assert_same_gradients(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    for name, gradient in expected.items():
-        assert gradient.isfinite().all()
-        torch.testing.assert_close(
-            actual[name], gradient, atol=1e-9, rtol=1e-9, msg=lambda m, name=name: f"{name}: {m}"
-        )
+assert_same_gradients = functools.partial(helpers.assert_same_gradients, tolerance=1e-9)
 
 
 @pytest.mark.parametrize("kind", ["none", "holes"])

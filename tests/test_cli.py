@@ -14,13 +14,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from command import run_command as run
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import recurrent_gemma_hf
 from recurrent_gemma_hf import PRESETS, RecurrentGemmaCache, RecurrentGemmaConfig, RecurrentGemmaForCausalLM
 from recurrent_gemma_hf.cli import conversation, shared
+from tests.helpers import byte_config
+from tests.helpers import run_command as run
 
 SPECIAL_TOKENS = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]
 END_OF_TURN = SPECIAL_TOKENS.index("<end_of_turn>")
@@ -64,13 +65,13 @@ def make_checkpoint(folder: Path, config: RecurrentGemmaConfig, chat_template: s
 
 
 @pytest.fixture(scope="session")
-def checkpoint(tmp_path_factory, tiny_config) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("base"), tiny_config())
+def checkpoint(tmp_path_factory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("base"), byte_config())
 
 
 @pytest.fixture(scope="session")
-def chat_checkpoint(tmp_path_factory, tiny_config) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("tuned"), tiny_config(), CHAT_TEMPLATE)
+def chat_checkpoint(tmp_path_factory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("tuned"), byte_config(), CHAT_TEMPLATE)
 
 
 @pytest.fixture
@@ -235,66 +236,64 @@ def test_serve_is_that_of_transformers_with_our_model(monkeypatch):
     assert served is RecurrentGemmaForCausalLM
 
 
-def test_no_prompt_on_stdin(checkpoint):
-    assert_one_line(run("generate", "-m", checkpoint, stdin=""), "the prompt is empty")
+@pytest.mark.parametrize(
+    ("stdin", "message"), [("", "the prompt is empty"), (b"caf\xe9", "the text on stdin is not UTF-8")], ids=str
+)
+def test_stdin_that_is_no_prompt(checkpoint, stdin, message):
+    assert_one_line(run("generate", "-m", checkpoint, stdin=stdin), message)
 
 
-def test_stdin_that_is_not_utf8(checkpoint):
-    for command in ("generate", "chat"):
-        assert_one_line(run(command, "-m", checkpoint, stdin=b"caf\xe9"), "the text on stdin is not UTF-8")
+def change_config(folder: Path, **fields) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **fields}))
 
 
-def test_a_file_or_an_empty_folder_is_no_checkpoint(copied, tmp_path):
-    assert_one_line(run("info", "-m", copied / "config.json"), "is a file; give the folder it is in")
-    (tmp_path / "empty").mkdir()
-    assert_one_line(run("info", "-m", tmp_path / "empty"), "has no config.json; give the folder")
+def cut_weights(folder: Path) -> None:
+    os.truncate(folder / "model.safetensors", (folder / "model.safetensors").stat().st_size - 1000)
 
 
-def test_a_checkpoint_of_another_kind(copied):
-    (copied / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
-    assert_one_line(run("generate", "x", "-m", copied), "is a gpt2 checkpoint; give one of type recurrent_gemma")
-
-
-@pytest.mark.parametrize("text", ["{", "{}", '{"model_type": "recurrent_gemma", "hidden_size": -1}'])
-def test_a_config_that_cannot_be_read(copied, text):
-    (copied / "config.json").write_text(text)
-    assert_one_line(run("generate", "x", "-m", copied), "cannot read the config of")
-
-
-def test_weights_that_are_cut_off(copied):
-    weights = copied / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1000])
-    assert_one_line(run("generate", "x", "-m", copied), "cannot load")
-
-
-def test_weights_that_are_missing(copied):
-    (copied / "model.safetensors").unlink()
-    assert_one_line(run("generate", "x", "-m", copied), "cannot load")
-
-
-def test_weights_of_another_depth(copied):
-    config = json.loads((copied / "config.json").read_text())
-    (copied / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 4}))
-    assert_one_line(run("generate", "x", "-m", copied), "cannot load .* weights .* are missing: model.layers.3")
-    (copied / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 2}))
-    assert_one_line(run("generate", "x", "-m", copied), "cannot load .* are unexpected: model.layers.2")
-
-
-def test_a_missing_tokenizer(copied):
-    for file in copied.glob("tokenizer*"):
-        file.unlink()
-    assert_one_line(run("generate", "x", "-m", copied), "has no tokenizer; put tokenizer.json")
-
-
-def test_a_tokenizer_larger_than_the_model(copied):
-    tokenizer = AutoTokenizer.from_pretrained(copied)
+def add_tokens(folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.add_tokens([f"<extra{i}>" for i in range(100)])
-    tokenizer.save_pretrained(copied)
-    assert_one_line(run("generate", "x", "-m", copied), "has 362 tokens, its model 265; put the model's own")
+    tokenizer.save_pretrained(folder)
 
 
-def test_bfloat16_on_a_cpu_without_it_becomes_float32(tmp_path, tiny_config, monkeypatch):
-    folder = make_checkpoint(tmp_path / "bf16", tiny_config())
+def no_tokenizer(folder: Path) -> None:
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda folder: (folder / "config.json").unlink(), "has no config.json; give the folder"),
+        (lambda folder: (folder / "config.json").write_text("{"), "cannot read the config of"),
+        (lambda folder: (folder / "config.json").write_text("{}"), "cannot read the config of"),
+        (lambda folder: change_config(folder, hidden_size=-1), "cannot read the config of"),
+        (
+            lambda folder: change_config(folder, model_type="gpt2"),
+            "a gpt2 checkpoint; give one of type recurrent_gemma",
+        ),
+        (lambda folder: change_config(folder, num_hidden_layers=4), "cannot load .* are missing: model.layers.3"),
+        (lambda folder: change_config(folder, num_hidden_layers=2), "cannot load .* are unexpected: model.layers.2"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "cannot load"),
+        (cut_weights, "cannot load"),
+        (no_tokenizer, "has no tokenizer; put tokenizer.json"),
+        (add_tokens, "has 362 tokens, its model 265; put the model's own"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_spoiled_checkpoint(copied, spoil, message):
+    spoil(copied)
+    assert_one_line(run("generate", "x", "-m", copied), message)
+
+
+def test_a_file_is_no_checkpoint(checkpoint):
+    assert_one_line(run("info", "-m", checkpoint / "config.json"), "is a file; give the folder it is in")
+
+
+def test_bfloat16_on_a_cpu_without_it_becomes_float32(tmp_path, monkeypatch):
+    folder = make_checkpoint(tmp_path / "bf16", byte_config())
     RecurrentGemmaForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(folder)
     arguments = ["info", "-m", folder, "--json", "--device", "cpu"]
     for has_bfloat16, dtype in ((False, "float32"), (True, "bfloat16")):
@@ -324,6 +323,8 @@ def expected_chat(checkpoint: Path, turns: list[str], first: str, between: str) 
     return text
 
 
+FIRST = "<bos><start_of_turn>user\nLINE<end_of_turn>\n<start_of_turn>model\n"
+BETWEEN = "<end_of_turn>\n<start_of_turn>user\nLINE<end_of_turn>\n<start_of_turn>model\n"
 TURNS = ["Hello there, I am a rather long first line.", "And again?", "Bye."]
 
 
@@ -336,45 +337,32 @@ def test_a_chat_continues_a_plain_text(checkpoint, forwards):
 
 def test_a_chat_with_a_template(chat_checkpoint):
     result = succeed("chat", "-m", chat_checkpoint, *GREEDY, stdin="\n".join(TURNS) + "\n")
-    first = "<bos><start_of_turn>user\nLINE<end_of_turn>\n<start_of_turn>model\n"
-    between = "<end_of_turn>\n<start_of_turn>user\nLINE<end_of_turn>\n<start_of_turn>model\n"
-    assert result.stdout == expected_chat(chat_checkpoint, TURNS, first, between)
+    assert result.stdout == expected_chat(chat_checkpoint, TURNS, FIRST, BETWEEN)
 
 
 def test_a_turn_that_the_model_ends_itself(chat_checkpoint, tmp_path):
     """The model's own <end_of_turn> must not stand before the template's."""
     folder = Path(shutil.copytree(chat_checkpoint, tmp_path / "ends"))
-    first = "<bos><start_of_turn>user\nLINE<end_of_turn>\n<start_of_turn>model\n"
-    between = "<end_of_turn>\n<start_of_turn>user\nLINE<end_of_turn>\n<start_of_turn>model\n"
-    prompt = AutoTokenizer.from_pretrained(folder)(first.replace("LINE", TURNS[0]), add_special_tokens=False)
+    prompt = AutoTokenizer.from_pretrained(folder)(FIRST.replace("LINE", TURNS[0]), add_special_tokens=False)
     third = expected_continuation(folder, prompt["input_ids"])[2]
     generation = json.loads((folder / "generation_config.json").read_text())
     (folder / "generation_config.json").write_text(json.dumps({**generation, "eos_token_id": [1, third]}))
     result = succeed("chat", "-m", folder, *GREEDY, stdin="\n".join(TURNS) + "\n")
-    assert result.stdout == expected_chat(folder, TURNS, first, between)
+    assert result.stdout == expected_chat(folder, TURNS, FIRST, BETWEEN)
 
 
 def test_save_and_load_go_on_in_another_process(checkpoint, tmp_path):
+    """And saving does not disturb the chat that is saved."""
     whole = succeed("chat", "-m", checkpoint, *GREEDY, stdin="\n".join(TURNS)).stdout
     state = tmp_path / "talk.safetensors"
-    first = succeed("chat", "-m", checkpoint, *GREEDY, stdin=f"{TURNS[0]}\n{TURNS[1]}\n/save {state}\n")
+    first = succeed("chat", "-m", checkpoint, *GREEDY, stdin=f"{TURNS[0]}\n{TURNS[1]}\n/save {state}\n{TURNS[2]}\n")
     assert f"saved in {state}" in first.stderr
+    assert first.stdout == whole
     second = succeed("chat", "-m", checkpoint, *GREEDY, stdin=f"/load {state}\n{TURNS[2]}\n")
     tokens = 1 + sum(map(len, TURNS[:2])) + 1 + 2 * 12
     assert f"going on after {tokens} tokens" in second.stderr
-    assert first.stdout + second.stdout == whole
-
-
-def test_saving_does_not_disturb_the_chat(checkpoint, tmp_path):
-    whole = succeed("chat", "-m", checkpoint, *GREEDY, stdin="\n".join(TURNS)).stdout
-    lines = f"\n/save {tmp_path / 'a'}\n".join(TURNS)
-    assert succeed("chat", "-m", checkpoint, *GREEDY, stdin=lines).stdout == whole
-
-
-def test_the_saved_state_does_not_grow(checkpoint, tmp_path):
-    lines = f"{TURNS[0]}\n/save {tmp_path / 'short'}\n" + f"{TURNS[0]}\n" * 5 + f"/save {tmp_path / 'long'}\n"
-    succeed("chat", "-m", checkpoint, *GREEDY, stdin=lines)
-    assert (tmp_path / "short").stat().st_size == (tmp_path / "long").stat().st_size
+    assert second.stdout
+    assert whole.endswith(second.stdout)
 
 
 def test_reset_forgets_and_quit_ends(checkpoint):
@@ -384,10 +372,10 @@ def test_reset_forgets_and_quit_ends(checkpoint):
     assert "a new conversation" in result.stderr
 
 
-def test_no_mistake_ends_a_chat(checkpoint, tmp_path, tiny_config):
+def test_no_mistake_ends_a_chat(checkpoint, tmp_path):
     foreign = tmp_path / "foreign"
     foreign.write_bytes(b"not a state")
-    other_config = tiny_config(lru_width=32)
+    other_config = byte_config(lru_width=32)
     other = make_checkpoint(tmp_path / "other", other_config)
     state = tmp_path / "other-state"
     succeed("chat", "-m", other, *GREEDY, stdin=f"Hello\n/save {state}\n")
@@ -534,11 +522,6 @@ def test_help_and_version_import_nothing_slow(arguments):
     command = [sys.executable, "-c", LIGHT, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout.splitlines()[-1] == "set()"
-
-
-def test_help_names_the_commands():
-    shown = succeed("--help").stdout
-    assert all(command in shown for command in ("generate", "chat", "info"))
 
 
 def test_a_chat_on_a_terminal(checkpoint):

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from small_models import build, tiny_config
 from torch import Tensor
 
 from recurrent_gemma_hf import RecurrentGemmaCache
+from tests.helpers import build, tiny_config
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 # Padding on the left, on the right, on both sides, nowhere, of a whole row; and between tokens, where rows are moved.

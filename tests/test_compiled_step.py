@@ -5,21 +5,13 @@ import pytest
 import torch
 
 from recurrent_gemma_hf import RecurrentGemmaCache, RecurrentGemmaForCausalLM
+from tests.helpers import byte_config
 
-PLACES = (
-    20,
-    1_000,
-    16_777_217,
-    1_000_000,
-    2_000_000_000,
-)  # tokens seen; beyond float32's and near int32's last integer
+# Tokens seen; beyond float32's and near int32's last integer.
+PLACES = (20, 1_000, 16_777_217, 1_000_000, 2_000_000_000)
 
 
-@pytest.fixture(autouse=True)
-def fresh_compiler():
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 def move_to(cache: RecurrentGemmaCache, tokens: int) -> None:
@@ -47,9 +39,9 @@ class Programs:
 
 @pytest.mark.parametrize("kind", ["griffin", "hawk"])
 @pytest.mark.parametrize("batch", [1, 2])
-def test_nothing_is_compiled_again_however_far_the_text_goes(tiny_config, kind: str, batch: int):
+def test_nothing_is_compiled_again_however_far_the_text_goes(kind: str, batch: int):
     blocks = {} if kind == "griffin" else {"block_types": ["recurrent"]}
-    model = RecurrentGemmaForCausalLM(tiny_config(**blocks)).eval()
+    model = RecurrentGemmaForCausalLM(byte_config(**blocks)).eval()
     prompt, ids = torch.randint(2, 265, (batch, 12)), torch.randint(2, 265, (batch, 1))
     programs = Programs()
     compiled = torch.compile(model, fullgraph=True, backend=programs)
@@ -70,8 +62,8 @@ def test_nothing_is_compiled_again_however_far_the_text_goes(tiny_config, kind: 
     assert cache.get_seq_length() == PLACES[-1] + 2
 
 
-def test_columns_counted_by_a_compiled_step_are_not_lost(tiny_config, tmp_path):
-    model = RecurrentGemmaForCausalLM(tiny_config()).eval()
+def test_columns_counted_by_a_compiled_step_are_not_lost(tmp_path):
+    model = RecurrentGemmaForCausalLM(byte_config()).eval()
     prompt, ids = torch.randint(2, 265, (1, 12)), torch.randint(2, 265, (1, 1))
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     with torch.no_grad():

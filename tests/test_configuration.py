@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.recurrent_gemma.configuration_recurrent_gemma import RecurrentGemmaConfig as InTreeConfig
@@ -20,6 +19,7 @@ from recurrent_gemma_hf import (
     RecurrentGemmaForCausalLM,
     RecurrentGemmaForSequenceClassification,
 )
+from tests.helpers import byte_config, in_pieces
 
 FIXTURES = Path(__file__).parent / "fixtures"
 INHERITED = {field.name for field in dataclasses.fields(PreTrainedConfig)}
@@ -140,18 +140,18 @@ def test_presets_can_be_overridden_and_misspelled():
 # --- derived values, copies, files ------------------------------------------------------------------------------------
 
 
-def test_the_pattern_is_cycled_and_cut(tiny_config):
-    config = tiny_config(block_types=("attention", "recurrent", "recurrent"), num_hidden_layers=5)
+def test_the_pattern_is_cycled_and_cut():
+    config = byte_config(block_types=("attention", "recurrent", "recurrent"), num_hidden_layers=5)
     assert config.layers_block_type == ["attention", "recurrent", "recurrent", "attention", "recurrent"]
     assert config.layer_types == [
         {"attention": "sliding_attention", "recurrent": "linear_attention"}[kind] for kind in config.layers_block_type
     ]
     assert config.sliding_window == config.attention_window_size + 1
-    assert tiny_config(layers_block_type=["recurrent", "recurrent", "attention"]).num_hidden_layers == 3
+    assert byte_config(layers_block_type=["recurrent", "recurrent", "attention"]).num_hidden_layers == 3
 
 
-def test_values_that_follow_from_others(tiny_config):
-    config = tiny_config(lru_width=None, num_hidden_layers=8)
+def test_values_that_follow_from_others():
+    config = byte_config(lru_width=None, num_hidden_layers=8)
     assert (config.head_dim, config.lru_width, config.final_w_init_variance_scale) == (8, 32, 0.25)
 
 
@@ -166,28 +166,21 @@ NON_DEFAULT = {
 }  # fmt: skip
 
 
-def by_dict(config, folder):
-    return RecurrentGemmaConfig(**config.to_dict())
-
-
-def by_diff(config, folder):
-    return RecurrentGemmaConfig(**config.to_diff_dict())
-
-
 def by_file(config, folder):
     config.save_pretrained(folder)
     return AutoConfig.from_pretrained(folder)
 
 
-def by_pickle(config, folder):
-    return pickle.loads(pickle.dumps(config))
+WAYS = {
+    "dict": lambda config, _: RecurrentGemmaConfig(**config.to_dict()),
+    "diff": lambda config, _: RecurrentGemmaConfig(**config.to_diff_dict()),
+    "file": by_file,
+    "pickle": lambda config, _: pickle.loads(pickle.dumps(config)),
+    "deepcopy": lambda config, _: copy.deepcopy(config),
+}
 
 
-def by_deepcopy(config, folder):
-    return copy.deepcopy(config)
-
-
-@pytest.mark.parametrize("way", [by_dict, by_diff, by_file, by_pickle, by_deepcopy])
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 @pytest.mark.parametrize("values", [NON_DEFAULT, {}], ids=["every_field_moved", "defaults"])
 def test_round_trip(way: Callable, values, tmp_path):
     assert set(NON_DEFAULT) == set(OWN_FIELDS), "a new field needs a value here"
@@ -201,30 +194,25 @@ def test_round_trip(way: Callable, values, tmp_path):
     assert copied.to_dict() == {**config.to_dict(), "_name_or_path": copied.to_dict()["_name_or_path"]}
 
 
-def test_a_copy_shares_nothing(tiny_config):
-    config = tiny_config()
-    copied = copy.deepcopy(config)
-    copied.block_types.append("attention")
-    assert config.block_types == ["recurrent", "recurrent", "attention"]
-
-
-def test_overrides_while_reading_a_file(tiny_config, tmp_path):
-    tiny_config().save_pretrained(tmp_path)
+def test_overrides_while_reading_a_file(tmp_path):
+    byte_config().save_pretrained(tmp_path)
     config = AutoConfig.from_pretrained(tmp_path, attention_window_size=5, num_labels=7)
     assert (config.attention_window_size, config.num_labels) == (5, 7)
 
 
-def test_the_list_given_is_not_the_list_kept():
+def test_configs_share_no_list():
     pattern = ["recurrent"]
     config = RecurrentGemmaConfig(block_types=pattern)
+    copied = copy.deepcopy(config)
     pattern.append("attention")
+    copied.block_types.append("attention")
     assert config.block_types == ["recurrent"]
 
 
 # --- every field has an effect ----------------------------------------------------------------------------------------
 
 
-def model_of(config: RecurrentGemmaConfig) -> RecurrentGemmaForCausalLM:
+def fresh(config: RecurrentGemmaConfig) -> RecurrentGemmaForCausalLM:
     """Same seed, same order of parameters: models that differ in no shape and no initial scale are equal."""
     torch.manual_seed(0)
     return RecurrentGemmaForCausalLM(config).eval()
@@ -239,13 +227,13 @@ def logits_of(config: RecurrentGemmaConfig, state: dict[str, Tensor]) -> Tensor:
 
 def changes_shapes(config, changed) -> bool:
     first, second = (
-        {name: p.shape for name, p in model_of(c).named_parameters()} for c in (config, changed)
+        {name: p.shape for name, p in fresh(c).named_parameters()} for c in (config, changed)
     )  # fmt: skip
     return first != second
 
 
 def changes_logits(config, changed) -> bool:
-    state = model_of(config).state_dict()
+    state = fresh(config).state_dict()
     state = {name: value + 0.2 * torch.randn(value.shape) for name, value in state.items()}
     state["lm_head.weight"] = state["model.embed_tokens.weight"]
     first, second = logits_of(config, state), logits_of(changed, state)
@@ -254,21 +242,21 @@ def changes_logits(config, changed) -> bool:
 
 
 def changes_initial_values(config, changed) -> bool:
-    first, second = (dict(model_of(c).named_parameters()) for c in (config, changed))
+    first, second = (dict(fresh(c).named_parameters()) for c in (config, changed))
     return any(not torch.equal(first[name], second[name]) for name in first)
 
 
 def changes_training(config, changed) -> bool:
     outputs = []
     for c in (config, changed):
-        model = model_of(c).train()
+        model = fresh(c).train()
         torch.manual_seed(1)
         outputs.append(model(torch.arange(2, 30)[None]).logits)
     return not torch.equal(*outputs)
 
 
 def returns_no_cache(config, changed) -> bool:
-    first, second = (model_of(c)(torch.tensor([[5]])).past_key_values for c in (config, changed))
+    first, second = (fresh(c)(torch.tensor([[5]])).past_key_values for c in (config, changed))
     return first is not None and second is None
 
 
@@ -283,22 +271,21 @@ def changes_the_last_token(config, changed) -> bool:
 
 
 def ends_generation(config, changed) -> bool:
-    tokens = model_of(config).generate(torch.tensor([[5]]), max_new_tokens=4, do_sample=False)[0]
+    tokens = fresh(config).generate(torch.tensor([[5]]), max_new_tokens=4, do_sample=False)[0]
     assert config.eos_token_id not in tokens
     changed = copy.deepcopy(changed)
     changed.eos_token_id = tokens[1].item()
-    return model_of(changed).generate(torch.tensor([[5]]), max_new_tokens=4, do_sample=False).shape[1] == 2
+    return fresh(changed).generate(torch.tensor([[5]]), max_new_tokens=4, do_sample=False).shape[1] == 2
 
 
 def begins_generation(config, changed) -> bool:
-    first, second = (model_of(c).generate(max_new_tokens=1, do_sample=False)[0, 0].item() for c in (config, changed))
+    first, second = (fresh(c).generate(max_new_tokens=1, do_sample=False)[0, 0].item() for c in (config, changed))
     return (first, second) == (config.bos_token_id, changed.bos_token_id)
 
 
 def unties_the_head(config, changed) -> bool:
     first, second = (
-        m.lm_head.weight.data_ptr() == m.model.embed_tokens.weight.data_ptr()
-        for m in (model_of(config), model_of(changed))
+        m.lm_head.weight.data_ptr() == m.model.embed_tokens.weight.data_ptr() for m in (fresh(config), fresh(changed))
     )
     return first and not second
 
@@ -333,14 +320,14 @@ EFFECTS: dict[str, tuple[Callable, object]] = {
 
 
 @pytest.mark.parametrize("field", OWN_FIELDS)
-def test_every_field_changes_something(field, tiny_config):
+def test_every_field_changes_something(field):
     if field == "head_dim":  # has one possible value in a model with attention, and says so
         with pytest.raises(ValueError, match="head_dim=16 times num_attention_heads=4 must be hidden_size=32"):
-            tiny_config(head_dim=16)
+            byte_config(head_dim=16)
         return
     assert field in EFFECTS, f"add an effect of the new field {field!r} to EFFECTS"
     has_effect, value = EFFECTS[field]
-    config, changed = tiny_config(), tiny_config(**{field: value})
+    config, changed = byte_config(), byte_config(**{field: value})
     assert getattr(config, field) != getattr(changed, field)
     assert has_effect(config, changed), f"{field} has no effect"
 
@@ -350,39 +337,36 @@ def test_every_field_changes_something(field, tiny_config):
     [changes_shapes, changes_logits, changes_initial_values, changes_training, returns_no_cache,
      changes_the_last_token, unties_the_head],
 )  # fmt: skip
-def test_no_effect_is_seen_where_there_is_none(has_effect, tiny_config):
+def test_no_effect_is_seen_where_there_is_none(has_effect):
     """The control: a config against its copy."""
-    assert not has_effect(tiny_config(), tiny_config())
+    assert not has_effect(byte_config(), byte_config())
 
 
-def test_the_initialisation_scales_change_what_they_name(tiny_config):
+def test_the_initialisation_scales_change_what_they_name():
+    final, conv = ("linear_out.weight", "o_proj.weight", "down_proj.weight"), ("conv_1d.weight",)
+
     def stds(**fields):
-        model = model_of(tiny_config(lru_width=400, intermediate_size=2000, **fields))
+        model = fresh(byte_config(lru_width=400, intermediate_size=2000, **fields))
         return {name: parameter.std().item() for name, parameter in model.named_parameters()}
 
-    before, after = stds(), stds(final_w_init_variance_scale=2 / 3 * 4)
-    for name in before:
-        factor = 2 if name.endswith(("linear_out.weight", "o_proj.weight", "down_proj.weight")) else 1
-        assert after[name] == pytest.approx(factor * before[name], rel=1e-4), name
-    after = stds(w_init_variance_scale=0.04)
-    for name in before:
-        assert after[name] == pytest.approx((2 if "conv_1d.weight" in name else 1) * before[name], rel=1e-4), name
+    before = stds()
+    for fields, named, factor in (
+        ({"final_w_init_variance_scale": 2 / 3 * 4}, final, 2),
+        ({"w_init_variance_scale": 0.04}, conv, 2),
+        ({"final_w_init_variance_scale": 0.0, "w_init_variance_scale": 0.0}, final + conv, 0),
+    ):
+        for name, std in stds(**fields).items():
+            assert std == pytest.approx((factor if name.endswith(named) else 1) * before[name], rel=1e-4), name
 
 
-def test_a_scale_of_zero_means_zeros(tiny_config):
-    model = model_of(tiny_config(final_w_init_variance_scale=0.0, w_init_variance_scale=0.0))
-    zeros = ("linear_out.weight", "o_proj.weight", "down_proj.weight", "conv_1d.weight")
-    assert all(not p.any() for name, p in model.named_parameters() if name.endswith(zeros))
-
-
-def test_inherited_fields(tiny_config):
+def test_inherited_fields():
     tokens = torch.tensor([[5, 6, 7]])
-    assert len(model_of(tiny_config(output_hidden_states=True))(tokens).hidden_states) == 4
-    assert isinstance(model_of(tiny_config(return_dict=False))(tokens), tuple)
-    assert AutoModelForCausalLM.from_config(tiny_config(dtype="bfloat16")).dtype == torch.bfloat16
-    classifier = RecurrentGemmaForSequenceClassification(tiny_config(id2label={0: "a", 1: "b", 2: "c"}))
+    assert len(fresh(byte_config(output_hidden_states=True))(tokens).hidden_states) == 4
+    assert isinstance(fresh(byte_config(return_dict=False))(tokens), tuple)
+    assert AutoModelForCausalLM.from_config(byte_config(dtype="bfloat16")).dtype == torch.bfloat16
+    classifier = RecurrentGemmaForSequenceClassification(byte_config(id2label={0: "a", 1: "b", 2: "c"}))
     assert classifier(tokens).logits.shape == (1, 3)
-    classifier = RecurrentGemmaForSequenceClassification(tiny_config(num_labels=1, problem_type="regression"))
+    classifier = RecurrentGemmaForSequenceClassification(byte_config(num_labels=1, problem_type="regression"))
     assert classifier(tokens, labels=torch.tensor([0.5])).loss.ndim == 0
 
 
@@ -403,20 +387,15 @@ def test_inherited_fields(tiny_config):
     ],
     ids=str,
 )
-def test_extreme_values_work(values, tiny_config):
+def test_extreme_values_work(values):
     """Training, and one forward = token by token, through the cache."""
-    model = model_of(tiny_config(**values))
+    model = fresh(byte_config(**values))
     tokens = torch.randint(0, model.config.vocab_size, (2, 21))
     loss = model(tokens, labels=tokens).loss
     loss.backward()
     assert loss.isfinite()
     with torch.no_grad():
-        whole, cache, steps = model(tokens).logits, None, []
-        for t in range(tokens.shape[1]):
-            out = model(tokens[:, t : t + 1], past_key_values=cache)
-            cache = out.past_key_values
-            steps.append(out.logits)
-    torch.testing.assert_close(torch.cat(steps, 1), whole, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(in_pieces(model, tokens, 1), model(tokens).logits, atol=1e-5, rtol=1e-5)
 
 
 # --- every bad value is refused by name -------------------------------------------------------------------------------
@@ -476,9 +455,9 @@ BAD_VALUES = [
 
 
 @pytest.mark.parametrize(("name", "value"), BAD_VALUES, ids=lambda value: str(value).replace(" ", ""))
-def test_bad_values_are_refused_by_name(name, value, tiny_config):
+def test_bad_values_are_refused_by_name(name, value):
     with pytest.raises(ValueError, match=rf"\b{name.removeprefix('_')}\b"):
-        tiny_config(**{name: value})
+        byte_config(**{name: value})
 
 
 @pytest.mark.parametrize(
@@ -497,13 +476,13 @@ def test_bad_values_are_refused_by_name(name, value, tiny_config):
     ],
     ids=str,
 )  # fmt: skip
-def test_contradictions(fields, message, tiny_config):
+def test_contradictions(fields, message):
     with pytest.raises(ValueError, match=message):
-        tiny_config(**fields)
+        byte_config(**fields)
 
 
-def test_a_bad_file_is_refused_by_name(tiny_config, tmp_path):
-    values = json.loads(tiny_config().to_json_string()) | {"conv1d_widht": 4}
+def test_a_bad_file_is_refused_by_name(tmp_path):
+    values = json.loads(byte_config().to_json_string()) | {"conv1d_widht": 4}
     (tmp_path / "config.json").write_text(json.dumps(values))
     with pytest.raises(ValueError, match="'conv1d_widht'"):
         AutoConfig.from_pretrained(tmp_path)
@@ -526,13 +505,8 @@ def test_a_bad_file_is_refused_by_name(tiny_config, tmp_path):
     ],
 )
 @pytest.mark.parametrize("build", [RecurrentGemmaForCausalLM, AutoModelForCausalLM.from_config], ids=["class", "auto"])
-def test_later_changes_are_checked_when_a_model_is_built(name, value, build, tiny_config):
-    config = tiny_config()
+def test_later_changes_are_checked_when_a_model_is_built(name, value, build):
+    config = byte_config()
     setattr(config, name, value)
     with pytest.raises(ValueError, match=name):
         build(config)
-
-
-def test_transformers_version_is_supported():
-    """The environment of this run is one that pyproject.toml promises."""
-    assert (5, 17) <= tuple(int(part) for part in transformers.__version__.split(".")[:2]) < (5, 25)

@@ -8,7 +8,6 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from small_models import VARIANTS, build, tiny_config
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import GemmaConfig
@@ -16,6 +15,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.trainer_pt_utils import LabelSmoother
 
 from recurrent_gemma_hf import RecurrentGemmaForCausalLM, cross_entropy, linear_cross_entropy
+from tests.helpers import VARIANTS, assert_same_gradients, build, gradients, tiny_config
 
 IGNORED = -100
 V = tiny_config().vocab_size
@@ -179,19 +179,13 @@ def plain_loss(logits: Tensor, labels: Tensor, **kwargs) -> Tensor:
 
 
 def loss_and_gradients(model: nn.Module, *args, **kwargs) -> tuple[Tensor, dict[str, Tensor]]:
-    outputs = model(*args, **kwargs)
-    outputs.loss.backward()
-    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    return outputs.loss.detach(), gradients
+    loss = model(*args, **kwargs).loss
+    return loss.detach(), gradients(model, loss)
 
 
 def assert_same(got: tuple[Tensor, dict[str, Tensor]], expected: tuple[Tensor, dict[str, Tensor]], limit: float = 1e-5):
     torch.testing.assert_close(got[0], expected[0], rtol=1e-6, atol=0)
-    assert got[1].keys() == expected[1].keys()
-    for name, gradient in expected[1].items():
-        error = (got[1][name] - gradient).norm() / gradient.norm()
-        assert error <= limit, f"{name}: gradient off by {error:.1e} of its norm"
+    assert_same_gradients(got[1], expected[1], limit)
 
 
 def pair(variant: str = "recurrentgemma", **config) -> tuple[RecurrentGemmaForCausalLM, RecurrentGemmaForCausalLM]:
@@ -269,9 +263,9 @@ def test_nothing_to_predict():
     ids = torch.randint(3, V, (1, 9))
     nothing = torch.full_like(ids, IGNORED)
     assert model(ids, labels=nothing).loss.isnan()
-    loss, gradients = loss_and_gradients(model, ids, labels=nothing, num_items_in_batch=5)
+    loss, found = loss_and_gradients(model, ids, labels=nothing, num_items_in_batch=5)
     assert loss == 0
-    assert all((gradient == 0).all() for gradient in gradients.values())
+    assert all((gradient == 0).all() for gradient in found.values())
 
 
 # Transformers 5.23 has a new name for it, which 5.17 does not know.
@@ -292,11 +286,8 @@ def test_compiled_model():
     ids = torch.randint(3, V, (2, 40))
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    expected = loss_and_gradients(model, ids, labels=ids)
     loss = compiled(ids, labels=ids).loss
-    loss.backward()
-    got = {name: parameter.grad for name, parameter in model.named_parameters()}
-    assert_same((loss.detach(), got), expected)
+    assert_same((loss.detach(), gradients(model, loss)), loss_and_gradients(model, ids, labels=ids))
 
 
 # peft asks for it under the old name, which Transformers is about to retire.

@@ -1,16 +1,15 @@
 """The checkpoint that ships with the package: what it is, that it loads, and that it has learned what its card says."""
 
-import importlib.util
 import json
 from pathlib import Path
 
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, pipeline
+from transformers import AutoConfig, AutoModelForCausalLM, pipeline
 
 from recurrent_gemma_hf import RecurrentGemmaForCausalLM, demo_checkpoint
+from tests.helpers import load_file
 
 ROOT = Path(__file__).parents[1]
 LOGS = {name: ROOT / f"benchmarks/results/demo_training_{name}.jsonl" for name in ("griffin", "hawk", "transformer")}
@@ -52,70 +51,54 @@ def model():
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
-    return AutoTokenizer.from_pretrained(demo_checkpoint())
-
-
-@pytest.fixture(scope="module")
 def script():
     """The training script as a module."""
-    specification = importlib.util.spec_from_file_location("train_demo", ROOT / "examples/train_demo.py")
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    return module
+    return load_file(ROOT / "examples/train_demo.py")
 
 
-def excerpt_loss(model, tokenizer) -> float:
-    ids = tokenizer(EXCERPT, return_tensors="pt")["input_ids"]
+def excerpt_loss(model, demo_tokenizer) -> float:
+    ids = demo_tokenizer(EXCERPT, return_tensors="pt")["input_ids"]
     with torch.no_grad():
         return model(input_ids=ids, labels=ids).loss.item()
 
 
-def test_folder_is_small_and_complete():
+def test_folder_is_small_and_complete(model):
     files = {path.name: path.stat().st_size for path in Path(demo_checkpoint()).iterdir()}
     expected = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
     assert set(files) == {*expected, "README.md"}
     assert sum(files.values()) <= 6e6
-
-
-def test_weights_are_bfloat16_and_between_one_and_three_million():
-    weights = load_file(Path(demo_checkpoint()) / "model.safetensors")
-    assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
-    assert 1e6 <= sum(tensor.numel() for tensor in weights.values()) <= 3e6
-
-
-def test_auto_classes_load_it(model):
     assert type(model) is RecurrentGemmaForCausalLM
-    assert model.dtype == torch.bfloat16
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert 1e6 <= model.num_parameters() <= 3e6
     assert set(model.config.layers_block_type) == {"recurrent", "attention"}
 
 
 @pytest.mark.parametrize("text", HARD_STRINGS)
-def test_tokenizer_round_trips(tokenizer, text):
-    ids = tokenizer(text)["input_ids"]
-    assert ids[0] == tokenizer.bos_token_id
-    assert tokenizer.decode(ids, skip_special_tokens=True) == text
+def test_tokenizer_round_trips(demo_tokenizer, text):
+    ids = demo_tokenizer(text)["input_ids"]
+    assert ids[0] == demo_tokenizer.bos_token_id
+    assert demo_tokenizer.decode(ids, skip_special_tokens=True) == text
 
 
-def test_special_tokens_are_gemmas(tokenizer, model):
+def test_special_tokens_are_gemmas(demo_tokenizer, model):
     names = ("pad_token_id", "eos_token_id", "bos_token_id")
-    assert [getattr(tokenizer, name) for name in names] == [0, 1, 2]
+    assert [getattr(demo_tokenizer, name) for name in names] == [0, 1, 2]
     assert [getattr(model.config, name) for name in names] == [0, 1, 2]
     assert [getattr(model.generation_config, name) for name in names] == [0, 1, 2]
-    assert tokenizer.unk_token_id == 3
-    assert len(tokenizer) == model.config.vocab_size
+    assert demo_tokenizer.unk_token_id == 3
+    assert len(demo_tokenizer) == model.config.vocab_size
 
 
-def test_loss_on_unseen_text(model, tokenizer):
-    assert excerpt_loss(model, tokenizer) < EXCERPT_BOUND
+def test_loss_on_unseen_text(model, demo_tokenizer):
+    assert excerpt_loss(model, demo_tokenizer) < EXCERPT_BOUND
     # float32 arithmetic on the same weights sees the same text
     float32 = AutoModelForCausalLM.from_pretrained(demo_checkpoint(), dtype=torch.float32)
-    assert excerpt_loss(float32, tokenizer) < EXCERPT_BOUND
+    assert excerpt_loss(float32, demo_tokenizer) < EXCERPT_BOUND
 
 
-def test_an_untrained_model_fails_the_bound(tokenizer):
+def test_an_untrained_model_fails_the_bound(demo_tokenizer):
     untrained = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(demo_checkpoint()), dtype=torch.float32)
-    assert excerpt_loss(untrained.eval(), tokenizer) > 1.5 * EXCERPT_BOUND
+    assert excerpt_loss(untrained.eval(), demo_tokenizer) > 1.5 * EXCERPT_BOUND
 
 
 def test_pipeline_writes_with_the_settings_of_the_checkpoint():
@@ -127,8 +110,8 @@ def test_pipeline_writes_with_the_settings_of_the_checkpoint():
 
 
 @pytest.mark.parametrize("prompt", ["ROMEO:\n", "QUEEN MARGARET:\n", "Second Servingman:\n"])
-def test_greedy_text_is_not_degenerate(model, tokenizer, prompt):
-    inputs = tokenizer(prompt, return_tensors="pt")
+def test_greedy_text_is_not_degenerate(model, demo_tokenizer, prompt):
+    inputs = demo_tokenizer(prompt, return_tensors="pt")
     output = model.generate(**inputs, max_new_tokens=96, do_sample=False, top_k=None, top_p=None, temperature=None)
     written = output[0, inputs["input_ids"].shape[1] :].tolist()
     # A model stuck in a loop repeats one line: a dozen tokens, each triple of them at least seven times.

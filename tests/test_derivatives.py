@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from small_models import build, tiny_config
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import functional_call
 
-from recurrent_gemma_hf import RecurrentGemmaForCausalLM, linear_recurrence
+from recurrent_gemma_hf import RecurrentGemmaForCausalLM, linear_recurrence, set_backend
 from recurrent_gemma_hf.scan import linear_recurrence_reference
+from tests.helpers import build, tiny_config
+from tests.kernels import needs_triton
 
 # Torch imports its own decompositions for forward mode, and scripts them.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
@@ -137,3 +138,21 @@ def test_the_loss_without_logits_says_that_it_is_differentiated_once():
     loss = model(ids, labels=ids).loss
     with pytest.raises(RuntimeError, match=r"can be differentiated once.*model\.eval\(\)"):
         torch.autograd.grad(loss, tuple(model.parameters()), create_graph=True)
+
+
+@needs_triton
+def test_kernels_have_the_second_derivatives_of_plain_torch():
+    model = build(tiny_config("hawk", num_hidden_layers=1))
+    ids, parameters = ids_of(model)[:, :5], tuple(model.parameters())
+
+    def second(backend: str) -> tuple[Tensor, ...]:
+        set_backend(backend)
+        loss = model(ids, labels=ids, use_cache=False).loss
+        first = torch.autograd.grad(loss, parameters, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in first), parameters)
+
+    try:
+        for got, expected in zip(second("triton"), second("portable"), strict=True):
+            assert (got - expected).norm() <= 1e-4 * expected.norm()
+    finally:
+        set_backend("auto")

@@ -1,64 +1,86 @@
-"""More than one process: the checks of distributed_worker.py, one launch of torchrun (gloo) per number of processes."""
+"""More than one process: each check of distributed_worker.py is a test of its own, in fresh processes (gloo)."""
 
 from __future__ import annotations
 
 import importlib.util
+import multiprocessing
 import os
-import subprocess
-import sys
+import socket
+import time
 from pathlib import Path
 
 import pytest
 
 from recurrent_gemma_hf import RecurrentGemmaConfig
 from recurrent_gemma_hf.tensor_parallel import check_tensor_parallel
-from tests.distributed_worker import CHECKS
+from tests import distributed_worker
 
-WORKER = Path(__file__).with_name("distributed_worker.py")
-
-
-def launch(processes: int, folder: Path, *checks: str) -> subprocess.CompletedProcess:
-    root = str(WORKER.parent.parent)
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "TRANSFORMERS_VERBOSITY": "error",
-        "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])),
-    }  # fmt: skip
-    # A standalone launch takes a free port by itself.
-    torchrun = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--local-addr=127.0.0.1",
-        f"--nproc-per-node={processes}",
-    ]
-    command = [*torchrun, str(WORKER), str(folder), *checks]
-    return subprocess.run(command, env=environment, capture_output=True, text=True)
+SECONDS = 200  # for one check; the slowest takes some ten alone
 
 
-def why(run: subprocess.CompletedProcess, folder: Path) -> str:
-    return "\n".join(path.read_text() for path in sorted(folder.glob("failed.*"))) or run.stderr[-6000:]
+@pytest.fixture(scope="module")
+def fork_server():
+    """A process that has imported all that the checks import, and of which every rank is a fork."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([distributed_worker.__name__])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("GLOO_SOCKET_IFNAME", "lo")
+        # Python 3.11 does not hand sys.path down before it imports what is to be loaded once.
+        roots = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, roots)))
+        yield context
+
+
+def launch(
+    context: multiprocessing.context.ForkServerContext, name: str, ranks: int, folder: Path, seconds: int = SECONDS
+) -> None:
+    """Run one check on every rank; fail with what each rank says, the first to fail first."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    arguments = ((name, rank, ranks, folder, port) for rank in range(ranks))
+    processes = [context.Process(target=distributed_worker.run, args=each, daemon=True) for each in arguments]
+    end = time.monotonic() + seconds
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(max(0.0, end - time.monotonic()))
+    late = [rank for rank, process in enumerate(processes) if process.is_alive()]
+    for process in processes:
+        process.kill()
+        process.join()
+    said = sorted(folder.glob("failed.*"), key=lambda path: path.stat().st_mtime_ns)
+    said = "\n".join(f"{path.name}: {path.read_text()}" for path in said)
+    assert not late, f"{name}: ranks {late} were still running after {seconds} s\n{said}"
+    codes = [process.exitcode for process in processes]
+    assert codes == [0] * ranks, f"{name}: exit codes {codes}\n{said}"
+
+
+@pytest.mark.parametrize(("name", "ranks"), distributed_worker.CHECKS)
+def test_many_processes_equal_one(fork_server, name: str, ranks: int, tmp_path: Path) -> None:
+    launch(fork_server, name, ranks, tmp_path)
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("processes", [2, 4])
-def test_many_processes_equal_one(processes: int, tmp_path: Path, subtests: pytest.Subtests) -> None:
-    run = launch(processes, tmp_path)
-    report = tmp_path / "passed"
-    passed = report.read_text().split() if report.exists() else []
-    for check in CHECKS[processes]:
-        with subtests.test(check.__name__):
-            assert check.__name__ in passed, "failed, or did not run after a failure: see the end"
-    assert run.returncode == 0, why(run, tmp_path)
+@pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None,
+    reason="deepspeed is not installed; it compiles an extension for a minute on its first use",
+)
+def test_deepspeed_zero_equals_one_process(fork_server, tmp_path: Path) -> None:
+    launch(fork_server, "deepspeed_zero", 2, tmp_path, seconds=800)
 
 
-@pytest.mark.timeout(900)
-def test_deepspeed_zero_equals_one_process(tmp_path: Path) -> None:
-    if importlib.util.find_spec("deepspeed") is None:
-        pytest.skip("deepspeed is not installed; it compiles an extension for a minute on its first use")
-    run = launch(2, tmp_path, "deepspeed_zero")
-    assert run.returncode == 0, why(run, tmp_path)
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("one_rank_fails", r"exit codes \[1, 1\]\s+failed\.1: [^#]*ArithmeticError: this rank cannot add"),
+        ("one_rank_hangs", r"ranks \[0, 1\] were still running after 10 s"),
+    ],
+    ids=["fails", "hangs"],
+)
+def test_a_rank_that_fails_or_hangs_is_named(fork_server, tmp_path: Path, name: str, message: str) -> None:
+    with pytest.raises(AssertionError, match=message):
+        launch(fork_server, name, 2, tmp_path, seconds=10)
 
 
 @pytest.mark.parametrize(

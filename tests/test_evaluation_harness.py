@@ -7,12 +7,10 @@ import re
 import pytest
 import torch
 import yaml
-from command import run_command
-from transformers import AutoTokenizer
-from typer.testing import CliRunner
 
 from recurrent_gemma_hf import RecurrentGemmaForCausalLM, demo_checkpoint
 from recurrent_gemma_hf.cli import evaluate
+from tests.helpers import run_command
 
 pytest.importorskip("lm_eval", reason="the extra eval is not installed")
 
@@ -35,9 +33,8 @@ DOCUMENTS = [
 
 
 @pytest.fixture(scope="module")
-def demo():
-    model = RecurrentGemmaForCausalLM.from_pretrained(demo_checkpoint(), dtype=torch.float32).eval()
-    return model, AutoTokenizer.from_pretrained(demo_checkpoint())
+def demo(demo_tokenizer):
+    return RecurrentGemmaForCausalLM.from_pretrained(demo_checkpoint(), dtype=torch.float32).eval(), demo_tokenizer
 
 
 def language_model(demo, kind=RecurrentGemmaLM, **settings):
@@ -61,6 +58,7 @@ def log_likelihood(demo, context, continuation):
     """Straight from the logits of one forward."""
     model, tokenizer = demo
     ids = tokenizer(context + continuation, return_tensors="pt").input_ids
+    assert ids[0, 0] == tokenizer.bos_token_id
     start = len(tokenizer(context).input_ids)
     log_probabilities = model(ids, use_cache=False).logits[0, :-1].log_softmax(-1)
     return log_probabilities.gather(1, ids[0, 1:, None])[start - 1 :].sum().item()
@@ -89,21 +87,12 @@ def test_a_context_longer_than_2048_tokens_is_not_cut(demo, monkeypatch):
     assert lengths[0] > 2048
 
 
-@torch.no_grad()
-def whole_document(demo, text):
-    model, tokenizer = demo
-    ids = tokenizer(text, return_tensors="pt").input_ids
-    assert ids[0, 0] == tokenizer.bos_token_id
-    log_probabilities = model(ids, use_cache=False).logits[0, :-1].log_softmax(-1)
-    return log_probabilities.gather(1, ids[0, 1:, None]).sum().item()
-
-
 def test_a_document_is_scored_as_in_one_long_forward(demo, monkeypatch):
     """The state is carried from chunk to chunk; nothing is forgotten, nothing counted twice."""
     monkeypatch.setattr("recurrent_gemma_hf.evaluation.streaming.LONGEST_CHUNK", 100)
     lm = language_model(demo)
     found = lm.loglikelihood_rolling(requests("loglikelihood_rolling", [(text,) for text in DOCUMENTS]))
-    expected = [whole_document(demo, text) for text in DOCUMENTS]
+    expected = [log_likelihood(demo, "", text) for text in DOCUMENTS]
     assert found == pytest.approx(expected, rel=1e-5)
     # hf with windows of 100 tokens forgets what came before each of them.
     windows = language_model(demo, HFLM, max_length=100)
@@ -185,15 +174,11 @@ def test_the_harness_command_runs_local_tasks(model, local_tasks, tmp_path, demo
         for question, choices in QUESTIONS
     ]
     assert results["verse_choice"]["acc,none"] == pytest.approx(sum(i == 0 for i in best) / len(best))
-    nats = -sum(whole_document(demo, text) for text in DOCUMENTS)
+    nats = -sum(log_likelihood(demo, "", text) for text in DOCUMENTS)
     if model == "recurrent_gemma":
         # lm-eval counts the words of a text by splitting at every single blank.
         words = sum(len(re.split(r"\s+", text)) for text in DOCUMENTS)
         assert results["verse_rolling"]["word_perplexity,none"] == pytest.approx(math.exp(nats / words), rel=1e-4)
-
-
-def papers_command(*arguments):
-    return CliRunner().invoke(papers.app, [*map(str, arguments)])
 
 
 def local_paper_task(monkeypatch, local_tasks, *names):
@@ -212,18 +197,18 @@ def local_paper_task(monkeypatch, local_tasks, *names):
 def test_the_papers_command_prints_the_published_figure_and_resumes(monkeypatch, local_tasks, tmp_path):
     local_paper_task(monkeypatch, local_tasks, "verse_choice")
     arguments = ["--published", "recurrentgemma-2b", "--output", tmp_path / "out.jsonl", "--device", "cpu"]
-    result = papers_command(*arguments)
+    result = run_command(*arguments, app=papers.app)
     assert result.exit_code == 0, (result.output, result.exception)
     assert "71.0" in result.output  # HellaSwag of the card
     (record,) = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert record["task"] == "verse_choice"
     monkeypatch.setattr(papers, "evaluate", lambda *_: pytest.fail("measured again"))
-    assert papers_command(*arguments).exit_code == 0
+    assert run_command(*arguments, app=papers.app).exit_code == 0
 
 
 def test_a_task_without_data_is_named(monkeypatch, local_tasks, tmp_path):
     local_paper_task(monkeypatch, local_tasks, "verse_missing")
-    result = papers_command("--output", tmp_path / "out.jsonl", "--device", "cpu")
+    result = run_command("--output", tmp_path / "out.jsonl", "--device", "cpu", app=papers.app)
     assert result.exit_code == 2, (result.output, result.exception)
     message = " ".join(result.output.split())
     assert "the data of verse_missing cannot be read" in message
@@ -240,7 +225,7 @@ def test_a_task_without_data_is_named(monkeypatch, local_tasks, tmp_path):
     ],
 )
 def test_the_papers_command_names_mistakes(arguments, message, tmp_path):
-    result = papers_command(*arguments.split(), "--output", tmp_path / "out.jsonl", "--device", "cpu")
+    result = run_command(*arguments.split(), "--output", tmp_path / "out.jsonl", "--device", "cpu", app=papers.app)
     assert result.exit_code == 2, (result.output, result.exception)
     assert message in " ".join(result.output.split())
 

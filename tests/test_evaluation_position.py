@@ -7,25 +7,19 @@ import json
 
 import pytest
 import torch
-from command import run_command
-from transformers import AutoTokenizer
 
 from recurrent_gemma_hf import RecurrentGemmaForCausalLM, demo_checkpoint
 from recurrent_gemma_hf.evaluation import position_loss, streaming
 from recurrent_gemma_hf.evaluation.position_loss import Wanted
+from tests.helpers import byte_config, run_command
 
 TEXT = "ROMEO:\nWhat, shall this speech be spoke for our excuse? Or shall we on without apology?\n"
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return AutoTokenizer.from_pretrained(demo_checkpoint())
-
-
 @pytest.mark.parametrize("chunk", [1, 7, 1000])
 @pytest.mark.parametrize("block_types", [("recurrent", "recurrent", "attention"), ("recurrent",)])
-def test_streamed_losses_equal_one_long_forward(tiny_config, chunk, block_types):
-    model = RecurrentGemmaForCausalLM(tiny_config(block_types=block_types)).eval()
+def test_streamed_losses_equal_one_long_forward(chunk, block_types):
+    model = RecurrentGemmaForCausalLM(byte_config(block_types=block_types)).eval()
     tokens_BT = torch.randint(265, (2, 50))
     with torch.no_grad():
         logits_BTV = model(tokens_BT, use_cache=False).logits
@@ -34,8 +28,8 @@ def test_streamed_losses_equal_one_long_forward(tiny_config, chunk, block_types)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_nothing_to_predict_is_refused(tiny_config):
-    model = RecurrentGemmaForCausalLM(tiny_config())
+def test_nothing_to_predict_is_refused():
+    model = RecurrentGemmaForCausalLM(byte_config())
     with pytest.raises(ValueError, match="1 tokens leave nothing to predict"):
         list(streaming.streamed_losses(model, torch.zeros(1, 1, dtype=torch.long)))
 
@@ -47,8 +41,8 @@ def test_chunks_keep_the_logits_at_a_gigabyte():
     assert streaming.chunk_length(1 << 40) == 1
 
 
-def test_the_memory_of_a_stream_is_constant(tiny_config, monkeypatch):
-    model = RecurrentGemmaForCausalLM(tiny_config())
+def test_the_memory_of_a_stream_is_constant(monkeypatch):
+    model = RecurrentGemmaForCausalLM(byte_config())
     sizes = []
 
     class Watched(streaming.RecurrentGemmaCache):
@@ -105,11 +99,11 @@ def test_few_segments_are_resampled_in_blocks():
     assert equal["low"] == equal["high"] == 1.5
 
 
-def test_segments_begin_with_bos_and_follow_the_text(tokenizer):
-    segments_ST = position_loss.cut_segments([TEXT * 4, TEXT * 2], tokenizer, Wanted(length=30))
-    ids = [tokenizer(text, add_special_tokens=False).input_ids for text in (TEXT * 4, TEXT * 2)]
+def test_segments_begin_with_bos_and_follow_the_text(demo_tokenizer):
+    segments_ST = position_loss.cut_segments([TEXT * 4, TEXT * 2], demo_tokenizer, Wanted(length=30))
+    ids = [demo_tokenizer(text, add_special_tokens=False).input_ids for text in (TEXT * 4, TEXT * 2)]
     assert len(segments_ST) == len(ids[0]) // 30 + len(ids[1]) // 30
-    assert (segments_ST[:, 0] == tokenizer.bos_token_id).all()
+    assert (segments_ST[:, 0] == demo_tokenizer.bos_token_id).all()
     assert segments_ST[0, 1:].tolist() == ids[0][:30]
     assert segments_ST[1, 1:].tolist() == ids[0][30:60]
     assert segments_ST[len(ids[0]) // 30, 1:].tolist() == ids[1][:30]
@@ -126,13 +120,9 @@ def test_segments_begin_with_bos_and_follow_the_text(tokenizer):
         ({"length": 5, "bins_per_octave": 0}, "bins per octave 0 must be 1 or more"),
     ],
 )
-def test_what_the_text_cannot_give_is_refused(tokenizer, settings, message):
+def test_what_the_text_cannot_give_is_refused(demo_tokenizer, settings, message):
     with pytest.raises(ValueError, match=message):
-        position_loss.cut_segments([TEXT * 2], tokenizer, Wanted(**settings))
-
-
-def eval_position(*arguments):
-    return run_command("eval", "position", *arguments)
+        position_loss.cut_segments([TEXT * 2], demo_tokenizer, Wanted(**settings))
 
 
 @pytest.fixture
@@ -142,15 +132,15 @@ def text_file(tmp_path):
     return path
 
 
-def test_the_command_measures_writes_and_draws(text_file, tmp_path, tokenizer):
+def test_the_command_measures_writes_and_draws(text_file, tmp_path, demo_tokenizer):
     pytest.importorskip("matplotlib", reason="the extra eval is not installed")
     output, figure = tmp_path / "out.jsonl", tmp_path / "figure.png"
     arguments = ("--text", text_file, "--length", 64, "--dtype", "float32", "--output", output, "--figure", figure)
-    result = eval_position(*arguments)
+    result = run_command("eval", "position", *arguments)
     assert result.exit_code == 0, result.output
     (record,) = [json.loads(line) for line in output.read_text().splitlines()]
     model = RecurrentGemmaForCausalLM.from_pretrained(demo_checkpoint(), dtype=torch.float32).eval()
-    segments_ST = position_loss.cut_segments([TEXT * 20], tokenizer, Wanted(length=64))
+    segments_ST = position_loss.cut_segments([TEXT * 20], demo_tokenizer, Wanted(length=64))
     with torch.no_grad():
         logits = model(segments_ST[:, :-1], use_cache=False).logits
     losses_ST = torch.nn.functional.cross_entropy(logits.transpose(1, 2), segments_ST[:, 1:], reduction="none")
@@ -174,7 +164,7 @@ def test_the_command_measures_writes_and_draws(text_file, tmp_path, tokenizer):
     ],
 )
 def test_the_command_names_mistakes(text_file, arguments, message):
-    result = eval_position("--text", text_file, *arguments)
+    result = run_command("eval", "position", "--text", text_file, *arguments)
     assert result.exit_code == 2, (result.output, result.exception)
     assert message in " ".join(result.output.split())
 

@@ -5,12 +5,12 @@ import random
 
 import pytest
 import torch
-from command import run_command
 from transformers import AutoTokenizer
 
 from recurrent_gemma_hf import RecurrentGemmaForCausalLM, demo_checkpoint
 from recurrent_gemma_hf.evaluation import retrieval
 from recurrent_gemma_hf.evaluation.records import append_record, read_records
+from tests.helpers import run_command
 
 
 def test_a_passkey_prompt_holds_its_key_at_its_depth():

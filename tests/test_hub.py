@@ -14,7 +14,6 @@ import pytest
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
-from small_models import build, tiny_config
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoConfig,
@@ -37,6 +36,7 @@ from recurrent_gemma_hf import (
     RecurrentGemmaModel,
     modeling_recurrent_gemma,
 )
+from tests.helpers import build, tiny_config
 
 AUTO_CLASSES = {
     AutoModel: RecurrentGemmaModel,
@@ -197,45 +197,19 @@ def test_shards(model, tmp_path):
         load(tmp_path)
 
 
-# As in the published checkpoints: `model.safetensors.index.json` of recurrentgemma-2b, cut to one layer of each kind.
-PUBLISHED_NAMES = """
-model.embed_tokens.weight
-model.final_norm.weight
-model.layers.0.channel_pre_norm.weight
-model.layers.0.mlp_block.down_proj.bias
-model.layers.0.mlp_block.down_proj.weight
-model.layers.0.mlp_block.gate_proj.bias
-model.layers.0.mlp_block.gate_proj.weight
-model.layers.0.mlp_block.up_proj.bias
-model.layers.0.mlp_block.up_proj.weight
-model.layers.0.temporal_block.conv_1d.bias
-model.layers.0.temporal_block.conv_1d.weight
-model.layers.0.temporal_block.linear_out.bias
-model.layers.0.temporal_block.linear_out.weight
-model.layers.0.temporal_block.linear_x.bias
-model.layers.0.temporal_block.linear_x.weight
-model.layers.0.temporal_block.linear_y.bias
-model.layers.0.temporal_block.linear_y.weight
-model.layers.0.temporal_block.rg_lru.input_gate_bias
-model.layers.0.temporal_block.rg_lru.input_gate_weight
-model.layers.0.temporal_block.rg_lru.recurrent_gate_bias
-model.layers.0.temporal_block.rg_lru.recurrent_gate_weight
-model.layers.0.temporal_block.rg_lru.recurrent_param
-model.layers.0.temporal_pre_norm.weight
-model.layers.1.channel_pre_norm.weight
-model.layers.1.mlp_block.down_proj.bias
-model.layers.1.mlp_block.down_proj.weight
-model.layers.1.mlp_block.gate_proj.bias
-model.layers.1.mlp_block.gate_proj.weight
-model.layers.1.mlp_block.up_proj.bias
-model.layers.1.mlp_block.up_proj.weight
-model.layers.1.temporal_block.k_proj.weight
-model.layers.1.temporal_block.o_proj.bias
-model.layers.1.temporal_block.o_proj.weight
-model.layers.1.temporal_block.q_proj.weight
-model.layers.1.temporal_block.v_proj.weight
-model.layers.1.temporal_pre_norm.weight
-""".split()
+MLP_NAMES = " ".join(f"mlp_block.{name}_proj.{kind}" for name in ("down", "gate", "up") for kind in ("bias", "weight"))
+NORM_NAMES = "channel_pre_norm.weight temporal_pre_norm.weight"
+TEMPORAL_NAMES = [
+    "conv_1d.bias conv_1d.weight linear_out.bias linear_out.weight linear_x.bias linear_x.weight linear_y.bias "
+    "linear_y.weight rg_lru.input_gate_bias rg_lru.input_gate_weight rg_lru.recurrent_gate_bias "
+    "rg_lru.recurrent_gate_weight rg_lru.recurrent_param",
+    "k_proj.weight o_proj.bias o_proj.weight q_proj.weight v_proj.weight",
+]
+PUBLISHED_NAMES = ["model.embed_tokens.weight", "model.final_norm.weight"] + [
+    f"model.layers.{i}.{name}"
+    for i, names in enumerate(TEMPORAL_NAMES)
+    for name in [*f"{MLP_NAMES} {NORM_NAMES}".split(), *(f"temporal_block.{name}" for name in names.split())]
+]
 
 # Instead of E 2560, D 2560, 10 heads, MLP 7680, V 256000: E 8, D 12, 2 heads, MLP 6, V 20
 PUBLISHED_SHAPES = {
@@ -249,6 +223,7 @@ PUBLISHED_SHAPES = {
 
 
 def test_the_published_names_load(tmp_path):
+    assert len(PUBLISHED_NAMES) == 36
     config = tiny_config(vocab_size=20, hidden_size=8, head_dim=4, lru_width=12, num_attention_heads=2,
                          intermediate_size=12, num_hidden_layers=2, block_types=["recurrent", "attention"])  # fmt: skip
     weights = {
@@ -317,22 +292,6 @@ def test_the_auto_classes_give_ours(auto_class, expected, checkpoint):
     assert type(auto_class.from_config(AutoConfig.from_pretrained(checkpoint))) is expected
 
 
-def test_importing_the_package_is_what_registers_it():
-    code = (
-        "from transformers import AutoConfig, AutoModelForCausalLM;"
-        "print(type(AutoConfig.for_model('recurrent_gemma')).__module__);"
-        "import recurrent_gemma_hf;"
-        "config = AutoConfig.for_model('recurrent_gemma', hidden_size=8, num_attention_heads=2, num_hidden_layers=1,"
-        " vocab_size=9, intermediate_size=8);"
-        "print(type(AutoModelForCausalLM.from_config(config)).__module__)"
-    )
-    environment = os.environ | {"PYTHONPATH": str(Path(modeling_recurrent_gemma.__file__).parents[1])}
-    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    before, after = run.stdout.split()
-    assert before == "transformers.models.recurrent_gemma.configuration_recurrent_gemma"
-    assert after == "recurrent_gemma_hf.modeling_recurrent_gemma"
-
-
 @pytest.fixture
 def tokenizer() -> PreTrainedTokenizerFast:
     """Characters from 'a' on, after padding, end and beginning."""
@@ -362,34 +321,6 @@ def test_text_generation_pipeline(model, checkpoint, tokenizer):
         ids = tokenizer(prompt, return_tensors="pt").input_ids
         expected = model.generate(ids, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :]
         assert text == tokenizer.decode(expected, skip_special_tokens=True)
-
-
-# peft asks for it under the old name, which Transformers is about to retire.
-@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-def test_lora(checkpoint, tmp_path, model):
-    peft = pytest.importorskip("peft", reason="an adapter needs peft: install the train extra")
-    targets = ["q_proj", "v_proj", "o_proj", "linear_x", "linear_out", "gate_proj", "down_proj"]
-    adapted = peft.get_peft_model(
-        load(checkpoint), peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=targets, init_lora_weights=False)
-    )
-    with torch.no_grad():
-        assert (adapted(IDS).logits - model(IDS).logits).abs().max() > 0.01
-        with adapted.disable_adapter():
-            assert_same_logits(adapted, model)
-    adapted.train()
-    adapted(input_ids=IDS, labels=IDS).loss.backward()
-    with_gradient = {name for name, parameter in adapted.named_parameters() if parameter.grad is not None}
-    assert with_gradient == {name for name, _ in adapted.named_parameters() if ".lora_" in name}
-    adapted.eval()
-    adapted.save_pretrained(tmp_path / "adapter")
-    again = peft.PeftModel.from_pretrained(load(checkpoint), tmp_path / "adapter")
-    assert_same_logits(again, adapted)
-    text = adapted.generate(input_ids=IDS, max_new_tokens=5, do_sample=False)
-    merged = again.merge_and_unload()
-    assert type(merged) is RecurrentGemmaForCausalLM
-    with torch.no_grad():
-        torch.testing.assert_close(merged(IDS).logits, adapted(IDS).logits, atol=1e-4, rtol=1e-4)
-    assert torch.equal(merged.generate(IDS, max_new_tokens=5, do_sample=False), text)
 
 
 # --- the dtype that a CPU gets ----------------------------------------------------------------------------------------

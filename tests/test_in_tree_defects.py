@@ -4,7 +4,7 @@ Each row of the table runs both models on the same weights and compares them wit
 only that OURS is right: what the in-tree model does is recorded beside it, so a Transformers release that mends a
 defect changes the table and breaks nothing.
 
-`python tests/test_in_tree_defects.py` writes the table in Markdown, for the README.
+`python -m tests.test_in_tree_defects` writes the table in Markdown, for the README.
 """
 
 import sys
@@ -12,17 +12,17 @@ import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import oracles
 import pytest
 import torch
-from oracles import official_torch, official_torch_logits
-from small_models import build, tiny_config
 from torch import Tensor, nn
 from transformers import DynamicCache, GenerationMixin, logging
 from transformers.models.recurrent_gemma import configuration_recurrent_gemma as in_tree_configuration
 from transformers.models.recurrent_gemma import modeling_recurrent_gemma as in_tree_modeling
 
 from recurrent_gemma_hf import RecurrentGemmaCache, RecurrentGemmaConfig, RecurrentGemmaForCausalLM
+from tests import oracles
+from tests.helpers import build, packed_positions, tiny_config, tokens_of
+from tests.oracles import official_torch, official_torch_logits
 
 SEED = 3
 LOGITS_TOLERANCE = 1e-4  # for logits of order 1, as in test_against_official.py
@@ -73,11 +73,6 @@ class Row:
         return f"| {self.claim} | {ours} | {self.in_tree} |"
 
 
-def tokens(rows: int, length: int, seed: int = SEED) -> Tensor:
-    """Token ids (rows, length); not 0, the padding token."""
-    return torch.randint(1, 101, (rows, length), generator=torch.Generator().manual_seed(seed))
-
-
 def error(logits: Tensor, official: Tensor) -> float:
     """The largest absolute difference; infinite where the logits are not numbers."""
     return (logits.float() - official).abs().nan_to_num(nan=float("inf")).max().item()
@@ -92,8 +87,8 @@ def outcome(measure: Callable[[], str]) -> str:
         return f"`{type(exception).__name__}: {textwrap.shorten(message, 80, placeholder=' ...')}`"
 
 
-def compare_logits(claim: str, trio: Trio, logits_of: Callable[[nn.Module], Tensor], official: Tensor) -> Row:
-    """A row from logits that both models compute the same way."""
+def compare(claim: str, trio: Trio, logits_of: Callable[[nn.Module], Tensor], official: Tensor) -> Row:
+    """Return a row from logits that both models compute the same way."""
 
     def in_tree() -> str:
         logits = logits_of(trio.in_tree)
@@ -107,109 +102,66 @@ def compare_logits(claim: str, trio: Trio, logits_of: Callable[[nn.Module], Tens
         return Row(claim, error(logits_of(trio.ours), official), LOGITS_TOLERANCE, outcome(in_tree))
 
 
-def tokens_wrong(count: int, of: int) -> str:
-    return f"{count} of {of} tokens wrong" if count else "right"
+def compare_forward(claim: str, tokens_BT: Tensor, position_ids: Tensor | None = None, **config) -> Row:
+    """Return a row from one forward without a cache."""
+    trio = Trio.of(**config)
+    inputs = {} if position_ids is None else {"position_ids": position_ids}
+    official = official_torch_logits(trio.official, tokens_BT, position_ids)
+    return compare(claim, trio, lambda m: m(input_ids=tokens_BT, use_cache=False, **inputs).logits, official)
 
 
 def greedy(official: nn.Module, prompt_BT: Tensor, count: int) -> Tensor:
-    """The official model's greedy continuation (B, T + count), everything recomputed for every token."""
+    """Return the official model's greedy continuation (B, T + count), everything recomputed for every token."""
     tokens_BT = prompt_BT
     for _ in range(count):
         tokens_BT = torch.cat([tokens_BT, official_torch_logits(official, tokens_BT)[:, -1:].argmax(-1)], dim=1)
     return tokens_BT
 
 
-def compare_generation(claim: str, trio: Trio, prompt_BT: Tensor, count: int = 30, **options) -> Row:
-    """A row from greedy `generate`: how many of the new tokens differ from the official ones."""
+def compare_generate(claim: str, prompt_BT: Tensor, options: dict | None = None, draft=None, **config) -> Row:
+    """Return a row from greedy `generate`: how many of 30 new tokens per row differ from the official ones.
+
+    `draft` is the config of a draft model, of the kind of the model that it drafts for.
+    """
+    trio, count = Trio.of(**config), 30
     official = greedy(trio.official, prompt_BT, count)
+    drafts = Trio.of(**draft) if draft else None
 
-    def wrong(model: GenerationMixin) -> float:
-        generated = model.generate(
-            prompt_BT, attention_mask=torch.ones_like(prompt_BT), max_new_tokens=count, do_sample=False, **options
-        )
-        return (generated != official).sum().item()
+    def wrong(model: GenerationMixin, draft: GenerationMixin | None) -> int:
+        chosen = {**(options or {}), **({"assistant_model": draft} if draft else {})}
+        mask_BT = torch.ones_like(prompt_BT)
+        written = model.generate(prompt_BT, attention_mask=mask_BT, max_new_tokens=count, do_sample=False, **chosen)
+        return int((written != official).sum())
 
-    new = official[:, -count:].numel()
-    return Row(claim, wrong(trio.ours), 0, outcome(lambda: tokens_wrong(wrong(trio.in_tree), new)))
+    def in_tree() -> str:
+        number, new = wrong(trio.in_tree, drafts and drafts.in_tree), official[:, -count:].numel()
+        return f"{number} of {new} tokens wrong" if number else "right"
 
-
-# --- the rows ---------------------------------------------------------------------------------------------------------
-
-
-def beyond_the_window() -> Row:
-    trio, tokens_BT = Trio.of(), tokens(2, 61)
-    official = official_torch_logits(trio.official, tokens_BT)
-    return compare_logits(
-        "text longer than the attention window",
-        trio,
-        lambda m: m(input_ids=tokens_BT, use_cache=False).logits,
-        official,
-    )
+    return Row(claim, wrong(trio.ours, drafts and drafts.ours), 0, outcome(in_tree))
 
 
-def lru_width() -> Row:
-    trio, prompt_BT = Trio.of("wide_lru", attention_window_size=64), tokens(2, 1)
-    return compare_generation("`generate` from one token where `lru_width` is not `hidden_size`", trio, prompt_BT)
+# --- the rows that take more than one call ----------------------------------------------------------------------------
 
 
-def hawk() -> Row:
-    # The in-tree model cannot leave the embedding unscaled: give it a Hawk that scales, so that this row shows Hawk
-    # alone.
-    trio = Trio.of("hawk", embeddings_scale_by_sqrt_dim=True, logits_soft_cap=30.0)
-    return compare_generation("Hawk (no attention layers): `generate`", trio, tokens(2, 9))
-
-
-def unscaled_embedding() -> Row:
-    trio, tokens_BT = Trio.of("griffin_paper", logits_soft_cap=30.0), tokens(2, 11)
-    official = official_torch_logits(trio.official, tokens_BT)
-    claim = "models of the Griffin paper (embedding not scaled)"
-    return compare_logits(claim, trio, lambda m: m(input_ids=tokens_BT, use_cache=False).logits, official)
-
-
-def no_soft_cap() -> Row:
-    trio, tokens_BT = Trio.of(logits_soft_cap=0.0), tokens(2, 11)
-    official = official_torch_logits(trio.official, tokens_BT)
-    return compare_logits(
-        "`logits_soft_cap` 0 (none)", trio, lambda m: m(input_ids=tokens_BT, use_cache=False).logits, official
-    )
-
-
-def left_padding() -> Row:
-    trio, row_BT = Trio.of(), tokens(1, 7)
+def left_padding(claim: str) -> Row:
+    trio, row_BT = Trio.of(), tokens_of(1, 7, SEED)
     padded_BT = nn.functional.pad(row_BT, (4, 0), value=5)
     mask_BT = nn.functional.pad(torch.ones_like(row_BT), (4, 0))
-    positions_BT = (mask_BT.cumsum(-1) - 1).masked_fill(mask_BT == 0, 0)
-
-    def logits(model: nn.Module) -> Tensor:
-        return model(input_ids=padded_BT, attention_mask=mask_BT, position_ids=positions_BT, use_cache=False).logits[
-            :, 4:
-        ]
-
-    return compare_logits(
-        "left padding (a batch of prompts)", trio, logits, official_torch_logits(trio.official, row_BT)
-    )
+    inputs = {"attention_mask": mask_BT, "position_ids": (mask_BT.cumsum(-1) - 1).clamp(min=0), "use_cache": False}
+    official = official_torch_logits(trio.official, row_BT)
+    return compare(claim, trio, lambda m: m(input_ids=padded_BT, **inputs).logits[:, 4:], official)
 
 
-def packed_documents() -> Row:
-    trio, tokens_BT = Trio.of(), tokens(1, 11)
-    positions_BT = torch.cat([torch.arange(5), torch.arange(6)])[None]
-    official = official_torch_logits(trio.official, tokens_BT, positions_BT)
-    claim = "packed documents (`position_ids` that restart)"
-    return compare_logits(
-        claim, trio, lambda m: m(input_ids=tokens_BT, position_ids=positions_BT, use_cache=False).logits, official
-    )
-
-
-def returned_cache() -> Row:
+def returned_cache(claim: str) -> Row:
     """Two chunks, the second with the cache that the first returned."""
-    trio, tokens_BT = Trio.of(), tokens(2, 11)
+    trio, tokens_BT = Trio.of(), tokens_of(2, 11, SEED)
 
     def second_chunk(model: nn.Module) -> Tensor:
         cache = model(input_ids=tokens_BT[:, :6], use_cache=True).past_key_values
         return model(input_ids=tokens_BT[:, 6:], past_key_values=cache, use_cache=True).logits
 
     official = official_torch_logits(trio.official, tokens_BT)[:, 6:]
-    return compare_logits("continuing from the `past_key_values` of an output", trio, second_chunk, official)
+    return compare(claim, trio, second_chunk, official)
 
 
 def own_cache(model: nn.Module) -> RecurrentGemmaCache | DynamicCache:
@@ -221,9 +173,9 @@ def own_cache(model: nn.Module) -> RecurrentGemmaCache | DynamicCache:
     )
 
 
-def two_conversations() -> Row:
+def two_conversations(claim: str) -> Row:
     """Two sequences of different content, each with its own cache, advance in turns."""
-    trio, talks = Trio.of(), [tokens(1, 11, seed) for seed in (1, 2)]
+    trio, talks = Trio.of(), [tokens_of(1, 11, seed) for seed in (1, 2)]
 
     def logits(model: nn.Module) -> Tensor:
         caches = [own_cache(model) for _ in talks]
@@ -242,50 +194,14 @@ def two_conversations() -> Row:
         return torch.cat(steps, dim=1)
 
     official = official_torch_logits(trio.official, torch.cat(talks))
-    return compare_logits("two conversations on one model, in turns", trio, logits, official)
+    return compare(claim, trio, logits, official)
 
 
-def chunked_prefill() -> Row:
-    trio = Trio.of(attention_window_size=64)
-    return compare_generation("`generate(prefill_chunk_size=4)`", trio, tokens(2, 11), prefill_chunk_size=4)
-
-
-def static_cache() -> Row:
-    trio = Trio.of(attention_window_size=64)
-    claim = '`generate(cache_implementation="static")`'
-    return compare_generation(claim, trio, tokens(2, 9), cache_implementation="static", disable_compile=True)
-
-
-def prompt_lookup() -> Row:
-    trio = Trio.of(attention_window_size=64)
-    return compare_generation("prompt-lookup decoding", trio, tokens(1, 6).repeat(1, 3), prompt_lookup_num_tokens=4)
-
-
-def assisted() -> Row:
-    trio = Trio.of(attention_window_size=64)
-    prompt_BT, count = tokens(1, 9), 30
-    official = greedy(trio.official, prompt_BT, count)
-
-    def wrong(model: GenerationMixin, draft: GenerationMixin) -> float:
-        mask_BT = torch.ones_like(prompt_BT)
-        generated = model.generate(
-            prompt_BT, attention_mask=mask_BT, max_new_tokens=count, do_sample=False, assistant_model=draft
-        )
-        return (generated != official).sum().item()
-
-    # A draft that often guesses wrong, so that guesses have to be taken back.
-    config = tiny_config(eos_token_id=None, num_hidden_layers=1, attention_window_size=64)
-    draft = build(config, SEED)
-    in_tree_draft = in_tree_model(config, draft.state_dict())
-    in_tree = outcome(lambda: tokens_wrong(wrong(trio.in_tree, in_tree_draft), count))
-    return Row("assisted decoding (a draft model)", wrong(trio.ours, draft), 0, in_tree)
-
-
-def gradient_of_token_zero() -> Row:
+def gradient_of_token_zero(claim: str) -> Row:
     """Token 0 as an ordinary token: `pad_token_id` is 0, and an embedding with a `padding_idx` learns nothing from
     it.
     """
-    trio, tokens_BT = Trio.of(), tokens(1, 11)
+    trio, tokens_BT = Trio.of(), tokens_of(1, 11, SEED)
     tokens_BT[:, 2::3] = 0
     name = "model.embed_tokens.weight"
     _, gradients = oracles.official_torch_gradients(trio.ours.config, trio.official, tokens_BT, tokens_BT)
@@ -296,11 +212,10 @@ def gradient_of_token_zero() -> Row:
         return ((gradient - gradients[name]).norm() / gradients[name].norm()).item()
 
     in_tree = outcome(lambda: f"relative error {relative_error(trio.in_tree):.2f}")
-    claim = "gradient of the embedding where `pad_token_id` occurs as a token"
     return Row(claim, relative_error(trio.ours), LOGITS_TOLERANCE, in_tree)
 
 
-def initial_values() -> Row:
+def initial_values(claim: str) -> Row:
     """The ratios of standard deviations, parameter by parameter, of models that nobody has trained yet."""
     config = tiny_config(hidden_size=256, head_dim=64, lru_width=256, intermediate_size=1024)
     torch.manual_seed(SEED)
@@ -314,32 +229,51 @@ def initial_values() -> Row:
     ours = largest_factor(RecurrentGemmaForCausalLM(config)) - 1
     in_tree = largest_factor(in_tree_modeling.RecurrentGemmaForCausalLM(in_tree_config(config)))
     # The samples are finite: 256 values of Lambda leave the ratio of two standard deviations uncertain by 6 %.
-    return Row("initial values (spread of each parameter)", ours, 0.2, f"off by a factor of up to {in_tree:.0f}")
+    return Row(claim, ours, 0.2, f"off by a factor of up to {in_tree:.0f}")
 
 
-ROWS = [
-    beyond_the_window,
-    left_padding,
-    packed_documents,
-    two_conversations,
-    returned_cache,
-    chunked_prefill,
-    static_cache,
-    prompt_lookup,
-    assisted,
-    lru_width,
-    hawk,
-    unscaled_embedding,
-    no_soft_cap,
-    gradient_of_token_zero,
-    initial_values,
-]
+WIDE = {"attention_window_size": 64}
+ROWS: dict[str, Callable[[str], Row]] = {
+    "text longer than the attention window": lambda claim: compare_forward(claim, tokens_of(2, 61, SEED)),
+    "left padding (a batch of prompts)": left_padding,
+    "packed documents (`position_ids` that restart)": lambda claim: compare_forward(
+        claim, tokens_of(1, 11, SEED), packed_positions(5, 6)[None]
+    ),
+    "two conversations on one model, in turns": two_conversations,
+    "continuing from the `past_key_values` of an output": returned_cache,
+    "`generate(prefill_chunk_size=4)`": lambda claim: compare_generate(
+        claim, tokens_of(2, 11, SEED), {"prefill_chunk_size": 4}, **WIDE
+    ),
+    '`generate(cache_implementation="static")`': lambda claim: compare_generate(
+        claim, tokens_of(2, 9, SEED), {"cache_implementation": "static", "disable_compile": True}, **WIDE
+    ),
+    "prompt-lookup decoding": lambda claim: compare_generate(
+        claim, tokens_of(1, 6, SEED).repeat(1, 3), {"prompt_lookup_num_tokens": 4}, **WIDE
+    ),
+    # A draft that often guesses wrong, so that guesses have to be taken back.
+    "assisted decoding (a draft model)": lambda claim: compare_generate(
+        claim, tokens_of(1, 9, SEED), draft={"num_hidden_layers": 1, **WIDE}, **WIDE
+    ),
+    "`generate` from one token where `lru_width` is not `hidden_size`": lambda claim: compare_generate(
+        claim, tokens_of(2, 1, SEED), variant="wide_lru", **WIDE
+    ),
+    # The in-tree model cannot leave the embedding unscaled: a Hawk that scales shows Hawk alone.
+    "Hawk (no attention layers): `generate`": lambda claim: compare_generate(
+        claim, tokens_of(2, 9, SEED), variant="hawk", embeddings_scale_by_sqrt_dim=True, logits_soft_cap=30.0
+    ),
+    "models of the Griffin paper (embedding not scaled)": lambda claim: compare_forward(
+        claim, tokens_of(2, 11, SEED), variant="griffin_paper", logits_soft_cap=30.0
+    ),
+    "`logits_soft_cap` 0 (none)": lambda claim: compare_forward(claim, tokens_of(2, 11, SEED), logits_soft_cap=0.0),
+    "gradient of the embedding where `pad_token_id` occurs as a token": gradient_of_token_zero,
+    "initial values (spread of each parameter)": initial_values,
+}
 
 
 @pytest.mark.filterwarnings("ignore")  # the in-tree model may warn as it likes; ours is held to no warnings elsewhere
-@pytest.mark.parametrize("measure", ROWS, ids=lambda measure: measure.__name__)
-def test_ours_is_right_where_the_in_tree_model_is_not(measure, record_testsuite_property):
-    row = measure()
+@pytest.mark.parametrize("claim", ROWS)
+def test_ours_is_right_where_the_in_tree_model_is_not(claim: str, record_testsuite_property):
+    row = ROWS[claim](claim)
     record_testsuite_property(row.claim, row.in_tree)
     assert row.ours <= row.tolerance, f"{row.claim}: ours is off by {row.ours:.2e}; the in-tree model: {row.in_tree}"
 
@@ -347,5 +281,5 @@ def test_ours_is_right_where_the_in_tree_model_is_not(measure, record_testsuite_
 if __name__ == "__main__":
     logging.set_verbosity_error()
     sys.stdout.write("| | ours: deviation from the official code | in-tree |\n|---|---|---|\n")
-    for measure_row in ROWS:
-        sys.stdout.write(measure_row().markdown() + "\n")
+    for claim, measure in ROWS.items():
+        sys.stdout.write(measure(claim).markdown() + "\n")

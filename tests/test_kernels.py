@@ -6,7 +6,6 @@ import math
 
 import pytest
 import torch
-from small_models import build, tiny_config
 from torch.nn import functional as F
 
 from recurrent_gemma_hf import RecurrentGemmaCache, RecurrentGemmaForCausalLM, set_backend
@@ -15,6 +14,7 @@ from recurrent_gemma_hf import rg_lru as module
 from recurrent_gemma_hf.causal_conv1d import causal_conv1d
 from recurrent_gemma_hf.rg_lru import RgLruParameters, rg_lru, rg_lru_step
 from tests import reference
+from tests.helpers import build, byte_config, tiny_config
 from tests.kernels import needs_triton, small_programs
 
 pytestmark = needs_triton
@@ -301,7 +301,7 @@ def test_a_step_takes_softplus_as_exactly_as_torch(value):
 
 
 def test_the_model_with_kernels_equals_the_official_one():
-    oracles = pytest.importorskip("oracles")
+    oracles = pytest.importorskip("tests.oracles")
     config = tiny_config("wide_lru")
     model = build(config)
     tokens = torch.randint(config.vocab_size, (2, 9))
@@ -322,8 +322,8 @@ def test_the_model_with_kernels_equals_the_official_one():
 
 
 @pytest.fixture
-def model(tiny_config):
-    config = tiny_config(num_hidden_layers=2, block_types=["recurrent", "attention"], lru_width=24)
+def model():
+    config = byte_config(num_hidden_layers=2, block_types=["recurrent", "attention"], lru_width=24)
     return RecurrentGemmaForCausalLM(config).eval()
 
 
@@ -466,9 +466,9 @@ def test_offloaded_parameters_arrive(model):
     torch.testing.assert_close(model(ids).logits.detach(), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_another_activation(tiny_config):
+def test_another_activation():
     """The kernel has gelu with tanh built in: the scan and the convolution alone are kernels then."""
-    model = RecurrentGemmaForCausalLM(tiny_config(hidden_activation="silu", num_hidden_layers=1)).eval()
+    model = RecurrentGemmaForCausalLM(byte_config(hidden_activation="silu", num_hidden_layers=1)).eval()
     expected, actual = both(lambda: model(torch.arange(1, 8)[None]).logits.detach())
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 

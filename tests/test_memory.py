@@ -1,17 +1,15 @@
 """What `recurrent-gemma memory` computes, against the allocator and against arithmetic by hand."""
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from command import run_command
-from small_models import tiny_config
 
 from recurrent_gemma_hf import RecurrentGemmaConfig
 from recurrent_gemma_hf.memory import STRATEGIES, training_memory
+from tests.helpers import load_file, run_command, tiny_config
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 GB = 10**9
@@ -19,14 +17,9 @@ GB = 10**9
 
 @pytest.fixture(scope="module")
 def benchmark():
-    sys.path.insert(0, str(BENCHMARKS))
-    try:
-        spec = importlib.util.spec_from_file_location("memory_benchmark", BENCHMARKS / "memory.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(BENCHMARKS))
-    return module
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(BENCHMARKS))
+        return load_file(BENCHMARKS / "memory.py", "memory_benchmark")
 
 
 # Transformers 5.23 has new names for these, which 5.17 and peft do not know.

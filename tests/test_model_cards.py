@@ -8,11 +8,12 @@ import pytest
 import safetensors.torch
 import torch
 from huggingface_hub import ModelCard, ModelCardData
-from test_conversion_tokenizer import GEMMA, train
 
 from conversion.cards import CARDS, MARK, PUBLISHED, published_name, write_card
 from conversion.tokenizer import write_tokenizer
-from recurrent_gemma_hf import RecurrentGemmaConfig, RecurrentGemmaForCausalLM, demo_checkpoint
+from recurrent_gemma_hf import RecurrentGemmaConfig, RecurrentGemmaForCausalLM
+from tests.helpers import byte_config
+from tests.test_conversion_tokenizer import GEMMA, train
 
 PAPER = "https://arxiv.org/abs/2404.07839"
 GOOGLES_CARD = "https://ai.google.dev/gemma/docs/recurrentgemma/model_card"
@@ -51,16 +52,12 @@ def test_metadata_is_what_the_hub_reads(name: str):
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_published_models_say_what_they_are_for_where_they_fail_and_under_which_terms(name: str):
+def test_published_models_are_under_googles_terms(name: str):
     card = load(name)
     assert card.data.license == "gemma"
     assert TERMS in card.text
     assert "https://ai.google.dev/gemma/prohibited_use_policy" in card.text
-    headings = re.findall(r"^## (.+)$", card.text, flags=re.MULTILINE)
-    assert headings == ["How to run it", "Model", "Intended use", "Limits", "Evaluation", "License"]
-    assert card.text.count(MARK) == 1
-    assert "2,048 tokens back" in card.text
-    assert "needle" in card.text
+    assert card.text.count(MARK) == 1, "where the converter writes what it knows of the checkpoint"
     assert card.data.base_model == (f"google/{name.removesuffix('-it')}" if name.endswith("-it") else None)
 
 
@@ -80,14 +77,6 @@ def test_evaluation_table_and_metadata_hold_the_same_figures(name: str):
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_every_figure_has_its_source(name: str):
-    evaluation = load(name).text.split("## Evaluation")[1].split("## License")[0]
-    assert PAPER in evaluation
-    assert re.search(r"Table [25] of the\s+\[RecurrentGemma paper\]", evaluation)
-    assert "None of these figures was measured with this package." in evaluation
-
-
-@pytest.mark.parametrize("name", PUBLISHED)
 def test_the_model_table_is_that_of_the_preset(name: str):
     config = RecurrentGemmaConfig.from_preset(name.removesuffix("-it"))
     kinds = config.layers_block_type
@@ -102,15 +91,7 @@ def test_the_model_table_is_that_of_the_preset(name: str):
 def checkpoint(tmp_path_factory) -> Path:
     """A tiny instruction-tuned model as the converter leaves it, in two shards."""
     folder = tmp_path_factory.mktemp("cards") / "my-griffin"
-    config = RecurrentGemmaConfig(
-        vocab_size=GEMMA["vocab_size"],
-        hidden_size=32,
-        intermediate_size=96,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        lru_width=40,
-        attention_window_size=8,
-    )
+    config = byte_config(vocab_size=GEMMA["vocab_size"], num_hidden_layers=4)
     model = RecurrentGemmaForCausalLM(config).to(torch.bfloat16)
     model.save_pretrained(folder, max_shard_size="100KB")
     write_tokenizer(train(folder.parent / "tokenizer.model"), folder, instruction_tuned=True)
@@ -207,7 +188,3 @@ def test_bad_input_is_named(tmp_path: Path):
     with pytest.raises(FileNotFoundError, match="write the model's config first"):
         write_card("recurrentgemma-9b", output, converted_from="")
     assert list(output.iterdir()) == []
-
-
-def test_the_demo_ships_with_its_card():
-    assert (Path(demo_checkpoint()) / "README.md").read_bytes() == (CARDS / "demo.md").read_bytes()

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from small_models import VARIANTS, build, tiny_config
 from torch import Tensor
 from transformers import DataCollatorWithFlattening
+
+from tests.helpers import VARIANTS, assert_same_gradients, build, gradients, tiny_config
 
 LENGTHS = [1, 37, 5, 2, 16]  # below and beyond the attention window of 12, one without anything to predict
 IGNORED = -100
@@ -19,20 +20,13 @@ def apart(model, texts: list[Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
     """Mean loss over all targets and its gradients, one document after the other."""
     targets = sum(len(text) - 1 for text in texts)
     total = sum(model(text[None], labels=text[None], num_items_in_batch=targets).loss for text in texts)
-    total.backward()
-    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
-    model.zero_grad()
-    return total.detach(), gradients
+    return total.detach(), gradients(model, total)
 
 
 def assert_trains_as_apart(model, batch: dict[str, Tensor], expected: tuple[Tensor, dict[str, Tensor]]) -> None:
     loss = model(**batch).loss
-    loss.backward()
     torch.testing.assert_close(loss.detach(), expected[0], rtol=2e-6, atol=0)
-    for name, parameter in model.named_parameters():
-        error = (parameter.grad - expected[1][name]).norm() / expected[1][name].norm()
-        assert error <= 1e-5, f"{name}: gradient off by {error:.1e} of its norm"
-    model.zero_grad()
+    assert_same_gradients(gradients(model, loss), expected[1])
 
 
 def flattened(texts: list[Tensor], **options) -> dict[str, Tensor]:

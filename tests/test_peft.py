@@ -11,7 +11,6 @@ from peft import LoraConfig, PeftModel, PeftType, PrefixTuningConfig, PromptTuni
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import constants
-from small_models import VARIANTS, build, tiny_config
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
 
@@ -21,6 +20,7 @@ from recurrent_gemma_hf import (
     demo_checkpoint,
     peft_defaults,
 )
+from tests.helpers import VARIANTS, build, tiny_config
 
 # peft asks for it under the old name, which Transformers 5.23 is about to retire.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

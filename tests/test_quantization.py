@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from torch._inductor.utils import run_and_get_code
 from torch.nn import functional as F
 from torchao.prototype.quantization.int4.inference_workflow import PrototypeInt4WeightOnlyConfig
 from torchao.quantization import Int8WeightOnlyConfig, quantize_
-from transformers import AutoModelForCausalLM, AutoTokenizer, TorchAoConfig
+from transformers import AutoModelForCausalLM, TorchAoConfig
 
-from recurrent_gemma_hf import RecurrentGemmaConfig, RecurrentGemmaForCausalLM, cpu_linear, demo_checkpoint
+from recurrent_gemma_hf import RecurrentGemmaForCausalLM, demo_checkpoint
 from recurrent_gemma_hf.cpu_linear import FEW_INT8_ROWS, linear
+from tests.helpers import assert_is_linear, byte_config
 
 TEXT = "ROMEO: But soft, what light through yonder window breaks?"
 PROJECTIONS = {"linear_x", "linear_y", "linear_out", "q_proj", "k_proj", "v_proj", "o_proj"}
@@ -31,8 +31,8 @@ def int8() -> nn.Module:
 
 
 @pytest.fixture(scope="module")
-def ids() -> torch.Tensor:
-    return AutoTokenizer.from_pretrained(demo_checkpoint())(TEXT, return_tensors="pt").input_ids
+def ids(demo_tokenizer) -> torch.Tensor:
+    return demo_tokenizer(TEXT, return_tensors="pt").input_ids
 
 
 def test_projections_are_quantized_and_nothing_else(int8: nn.Module):
@@ -85,50 +85,28 @@ def test_the_head_is_quantized_by_itself(ids: torch.Tensor):
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("rows", [1, 3, FEW_INT8_ROWS, FEW_INT8_ROWS + 1])
-def test_int8_product(monkeypatch, rows: int, bias: bool):
+def test_int8_product(rows: int, bias: bool):
     layer = nn.Linear(80, 136, bias=bias).bfloat16()
     quantize_(layer, Int8WeightOnlyConfig())
     x = torch.randn(1, rows, 80).bfloat16()
-    expected = F.linear(
-        x.double(), layer.weight.dequantize().double(), None if layer.bias is None else layer.bias.double()
-    )
     with torch.no_grad():
-        out = linear(layer, x)
-        assert out.shape == expected.shape
-        assert (out.double() - expected).norm() <= 5e-3 * expected.norm()
-        monkeypatch.setattr(cpu_linear, "_int8_linear", lambda *_: "taken")
-        taken = linear(layer, x)
-    assert isinstance(taken, str) == (rows <= FEW_INT8_ROWS and cpu_linear.HAS_ONEDNN)
+        assert_is_linear(layer, x, linear(layer, x))
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("inputs", [80, 82])
-def test_int8_product_compiled(inputs: int, dtype: torch.dtype):
+def test_int8_product_compiled(fresh_compiler, inputs: int, dtype: torch.dtype):
     """A loop of Inductor's own, which reads four values as one word where their number allows it."""
     layer = nn.Linear(inputs, 136).to(dtype)
     quantize_(layer, Int8WeightOnlyConfig())
     x = torch.randn(1, 1, inputs).to(dtype)
-    expected = F.linear(x.double(), layer.weight.dequantize().double(), layer.bias.double())
-    torch.compiler.reset()  # it counts how often it compiled the function
     with torch.no_grad():
-        out, (code,) = run_and_get_code(torch.compile(linear, fullgraph=True), layer, x)
-    assert out.dtype == dtype
-    assert out.shape == expected.shape
-    assert (out.double() - expected).norm() <= {torch.float32: 2e-6, torch.bfloat16: 5e-3}[dtype] * expected.norm()
-    assert "extern_kernels.mm" not in code
-    assert "int8pack" not in code
+        assert_is_linear(layer, x, torch.compile(linear, fullgraph=True)(layer, x))
 
 
 def test_int4_at_widths_its_kernel_takes(tmp_path):
-    config = RecurrentGemmaConfig(
-        vocab_size=265,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        attention_window_size=8,
-    )
+    config = byte_config(hidden_size=128, intermediate_size=256, lru_width=128)
     RecurrentGemmaForCausalLM(config).save_pretrained(tmp_path)
     model = load(tmp_path, quantization_config=TorchAoConfig(PrototypeInt4WeightOnlyConfig(group_size=32)))
     quantized = [name for name, p in model.named_parameters() if type(p).__name__ == "Int4OpaqueTensor"]

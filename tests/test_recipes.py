@@ -1,6 +1,5 @@
 """The recipes of examples/ end to end, a few steps each, and what they say about bad input."""
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from recurrent_gemma_hf import RecurrentGemmaForCausalLM, demo_checkpoint
+from tests.helpers import load_file
 
 pytestmark = [
     # Transformers 5.23 has new names for these, which 5.17, peft and trl do not know.
@@ -39,9 +39,7 @@ def run(monkeypatch, tmp_path):
         if name == "lora_chat":
             datasets = pytest.importorskip("datasets", reason="TRL needs datasets: install the train extra")
             monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-        spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        module = load_file(EXAMPLES / f"{name}.py")
         arguments = [f"--{option.replace('_', '-')}={value}" for option, value in options.items() if value is not True]
         arguments += [f"--{option}" for option, value in options.items() if value is True]
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *arguments])

@@ -3,8 +3,8 @@
 The kernels run in Triton's interpreter, with few channels and steps per program, and write to memory full of NaN.
 """
 
-import importlib.util
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from recurrent_gemma_hf import linear_recurrence, set_backend
 from recurrent_gemma_hf import scan as module
 from recurrent_gemma_hf.scan import linear_recurrence_reference
+from tests.helpers import load_file
 from tests.kernels import needs_triton, small_programs
 
 BACKENDS = ("portable", pytest.param("triton", marks=needs_triton))
@@ -102,16 +103,6 @@ def test_any_number_of_segments(wanted, monkeypatch, backend):
     monkeypatch.setattr(triton_tools, "WANTED_PROGRAMS", wanted)
     inputs = make_inputs((1, 29, 5), low=0.8)
     assert_near(results(linear_recurrence, inputs), results(linear_recurrence_reference, in_float64(inputs)), 1e-6)
-
-
-@needs_triton
-def test_how_time_is_cut():
-    from recurrent_gemma_hf.triton_tools import segments
-
-    assert segments(320, 8192, 4) == (14, 588)  # 2B, batch of 8
-    assert segments(40, 8192, 4) == (64, 128)  # 2B, batch of 1
-    assert segments(2200, 8192, 4) == (1, 8192)
-    assert segments(1, 5, 4) == (2, 4)
 
 
 @needs_triton
@@ -352,21 +343,19 @@ def test_what_the_backward_keeps_grows_linearly(backend):
 
 @pytest.mark.parametrize("backwards", [False, True])
 def test_few_operations_for_many_steps(backwards):
+    """Plain torch goes through time in chunks: a loop over time would launch an operation or more for every step."""
+
     class Operations(TorchDispatchMode):
         count = 0
 
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            self.count += func.overloadpacket in (torch.ops.aten.addcmul, torch.ops.aten.mul_)
+            self.count += not func.is_view
             return func(*args, **(kwargs or {}))
 
-    counts = []
-    for T in (4096, 8192, 16384):
-        x, a, h0, out = torch.randn(1, T, 1), torch.rand(1, T, 1), torch.zeros(1, 1), torch.empty(1, T, 1)
-        with Operations() as operations:
-            module._chunked_scan(x, a, h0, out, backwards=backwards)
-        counts.append(operations.count)
-    # Three for each of the 64 places in a chunk (less the first's two), one for each chunk that has a next one.
-    assert counts == [3 * 64 - 2 + T // 64 - 1 for T in (4096, 8192, 16384)]
+    x, a, h0, out = torch.randn(1, 16_384, 1), torch.rand(1, 16_384, 1), torch.zeros(1, 1), torch.empty(1, 16_384, 1)
+    with Operations() as operations:
+        module._chunked_scan(x, a, h0, out, backwards=backwards)
+    assert operations.count < 16_384 / 16
 
 
 def test_one_graph_for_every_length(backend):
@@ -387,7 +376,6 @@ def test_one_graph_for_every_length(backend):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler")
-@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")  # torch's import
 def test_inductor():
     torch._dynamo.reset()
     compiled = torch.compile(linear_recurrence, fullgraph=True)
@@ -413,10 +401,7 @@ def test_operators_keep_their_promises(backend):
 
 def test_two_copies_of_the_file_live_side_by_side():
     """A checkpoint's remote code brings this file a second time, under another name."""
-    spec = importlib.util.spec_from_file_location("recurrent_gemma_hf.some-checkpoint", module.__file__)
-    copy = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(copy)
-    assert copy._NAMESPACE != module._NAMESPACE
+    copy = load_file(Path(module.__file__), "recurrent_gemma_hf.some-checkpoint")
     inputs = make_inputs((2, 20, 3))
     first, second = (results(function, inputs) for function in (copy.linear_recurrence, linear_recurrence))
     for name in first:

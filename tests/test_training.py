@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_models import build, tiny_config
 from torch import nn
 from transformers import (
     AutoTokenizer,
@@ -26,6 +25,7 @@ from recurrent_gemma_hf import (
     demo_checkpoint,
     parameter_groups,
 )
+from tests.helpers import build, tiny_config
 
 pytestmark = [
     # Transformers 5.23 has new names for these, which 5.17, peft and trl do not know.
@@ -192,11 +192,6 @@ def test_parameter_groups_refuse():
 # ---------------------------------------------------------------- TRL
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return AutoTokenizer.from_pretrained(demo_checkpoint())
-
-
 @pytest.fixture
 def trl(monkeypatch):
     """TRL's settings inherit Trainer's; progress bars of datasets would fill the log."""
@@ -216,7 +211,7 @@ def demo() -> RecurrentGemmaForCausalLM:
     return RecurrentGemmaForCausalLM.from_pretrained(demo_checkpoint(), dtype=torch.float32)
 
 
-def test_sft_with_packing_and_completion_only_loss(trl, tokenizer, tmp_path):
+def test_sft_with_packing_and_completion_only_loss(trl, demo_tokenizer, tmp_path):
     from datasets import Dataset
 
     data = Dataset.from_list(
@@ -227,7 +222,7 @@ def test_sft_with_packing_and_completion_only_loss(trl, tokenizer, tmp_path):
         per_device_train_batch_size=2, **TRL_OPTIONS,
     )  # fmt: skip
     model = demo()
-    run = trl.SFTTrainer(model, options, train_dataset=data, processing_class=tokenizer)
+    run = trl.SFTTrainer(model, options, train_dataset=data, processing_class=demo_tokenizer)
     batch = next(iter(run.get_train_dataloader()))
     starts = batch["position_ids"] == 0
     assert starts.sum() > 4, "several documents in a row"
@@ -247,7 +242,7 @@ def test_sft_with_packing_and_completion_only_loss(trl, tokenizer, tmp_path):
     assert losses[-1] < 0.5 * losses[0]
 
 
-def test_dpo_with_an_adapter(trl, tokenizer, tmp_path):
+def test_dpo_with_an_adapter(trl, demo_tokenizer, tmp_path):
     from datasets import Dataset
     from peft import LoraConfig
 
@@ -256,7 +251,7 @@ def test_dpo_with_an_adapter(trl, tokenizer, tmp_path):
     )
     options = trl.DPOConfig(str(tmp_path), max_steps=4, per_device_train_batch_size=4, **TRL_OPTIONS)
     run = trl.DPOTrainer(
-        demo(), args=options, train_dataset=data, processing_class=tokenizer, peft_config=LoraConfig(r=8)
+        demo(), args=options, train_dataset=data, processing_class=demo_tokenizer, peft_config=LoraConfig(r=8)
     )
     run.train()
     rows = [row for row in run.state.log_history if "loss" in row]

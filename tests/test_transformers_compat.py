@@ -3,7 +3,6 @@
 import ast
 import dataclasses
 import importlib
-import importlib.util
 import inspect
 import pkgutil
 import re
@@ -16,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from transformers import DynamicCache, PreTrainedConfig
+from transformers import PreTrainedConfig
 from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
 
 import recurrent_gemma_hf
@@ -28,6 +27,7 @@ from recurrent_gemma_hf import (
     transformers_compat,
 )
 from recurrent_gemma_hf.transformers_compat import CACHE_NAME, OVERRIDDEN, READ, SUPPORTED_RELEASES, release_problem
+from tests.helpers import byte_config, load_file
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = Path(recurrent_gemma_hf.__file__).parent
@@ -52,8 +52,8 @@ def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("model_class", MODELS)
-def test_forward_takes_both_names_and_its_output_answers_to_both(tiny_config, said, model_class, name: str):
-    model = model_class(tiny_config(num_labels=2)).eval()
+def test_forward_takes_both_names_and_its_output_answers_to_both(said, model_class, name: str):
+    model = model_class(byte_config(num_labels=2)).eval()
     ids = torch.randint(3, 265, (1, 12))
     cache = RecurrentGemmaCache(model.config)
     with torch.no_grad():
@@ -76,8 +76,8 @@ def test_forward_takes_both_names_and_its_output_answers_to_both(tiny_config, sa
     assert said == []
 
 
-def test_the_cache_is_the_fourth_argument(tiny_config):
-    model = RecurrentGemmaForCausalLM(tiny_config()).eval()
+def test_the_cache_is_the_fourth_argument():
+    model = RecurrentGemmaForCausalLM(byte_config()).eval()
     cache, ids = RecurrentGemmaCache(model.config), torch.randint(3, 265, (1, 5))
     assert model(ids, None, None, cache).cache is cache
     assert list(inspect.signature(model.forward).parameters)[3] == "cache"
@@ -87,8 +87,8 @@ def test_the_cache_is_the_fourth_argument(tiny_config):
 @pytest.mark.parametrize(
     ("model_class", "method"), [*((kind, "forward") for kind in MODELS), (RecurrentGemmaForCausalLM, "generate")]
 )
-def test_two_caches_are_an_error_and_one_twice_is_not(tiny_config, model_class, method: str):
-    model = model_class(tiny_config()).eval()
+def test_two_caches_are_an_error_and_one_twice_is_not(model_class, method: str):
+    model = model_class(byte_config()).eval()
     call = model.generate if method == "generate" else model
     ids, cache = torch.randint(3, 265, (1, 5)), RecurrentGemmaCache(model.config)
     options = {"max_new_tokens": 2} if method == "generate" else {}
@@ -114,8 +114,8 @@ def test_two_caches_are_an_error_and_one_twice_is_not(tiny_config, model_class, 
     ids=str,
 )
 @pytest.mark.parametrize("blocks", [None, ["recurrent"], ["attention"]], ids=str)
-def test_generate_takes_both_names_and_returns_both(tiny_config, said, blocks, options: dict, name: str):
-    model = RecurrentGemmaForCausalLM(tiny_config(**({} if blocks is None else {"block_types": blocks}))).eval()
+def test_generate_takes_both_names_and_returns_both(said, blocks, options: dict, name: str):
+    model = RecurrentGemmaForCausalLM(byte_config(**({} if blocks is None else {"block_types": blocks}))).eval()
     ids = torch.randint(3, 265, (1, 9))
     common = {"max_new_tokens": 6, "min_new_tokens": 6, "pad_token_id": 0, "return_dict_in_generate": True, **options}
     torch.manual_seed(0)
@@ -149,8 +149,8 @@ def test_tools_see_the_arguments_of_generate():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_outputs_are_made_and_changed_under_both_names(tiny_config, said, name: str):
-    model = RecurrentGemmaForCausalLM(tiny_config()).eval()
+def test_outputs_are_made_changed_and_copied_under_both_names(said, name: str):
+    model = RecurrentGemmaForCausalLM(byte_config()).eval()
     output = model(torch.randint(3, 265, (1, 5)))
     one, two = RecurrentGemmaCache(model.config), RecurrentGemmaCache(model.config)
     made = type(output)(logits=output.logits, **{name: one})
@@ -158,14 +158,18 @@ def test_outputs_are_made_and_changed_under_both_names(tiny_config, said, name: 
     made[name] = two
     assert made.cache is made.past_key_values is two
     setattr(made, name, one)
-    assert made["cache"] is made["past_key_values"] is one
     assert list(made.keys()) == ["logits", CACHE_NAME]
+    leaves, spec = torch.utils._pytree.tree_flatten(made)
+    rebuilt, replaced = torch.utils._pytree.tree_unflatten(leaves, spec), dataclasses.replace(made, logits=made.logits)
+    for each in (made, rebuilt, replaced):
+        assert type(each) is type(output)
+        assert each["cache"] is each["past_key_values"] is each.cache is each.past_key_values is one
     assert said == []
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_hooks_of_generate_take_both_names(tiny_config, said, name: str):
-    model = RecurrentGemmaForCausalLM(tiny_config()).eval()
+def test_the_hooks_of_generate_take_both_names(said, name: str):
+    model = RecurrentGemmaForCausalLM(byte_config()).eval()
     ids, cache = torch.randint(3, 265, (1, 9)), RecurrentGemmaCache(model.config)
     model(ids[:, :6], cache=cache)
     mask = torch.ones_like(ids)
@@ -182,43 +186,16 @@ def test_the_hooks_of_generate_take_both_names(tiny_config, said, name: str):
     assert said == []
 
 
-def test_a_cache_of_another_copy_of_the_code_is_refused_once_it_holds_something(tiny_config):
+def test_a_cache_of_another_copy_of_the_code_is_refused_once_it_holds_something():
     """A package and a checkpoint's remote code have one each."""
-    spec = importlib.util.spec_from_file_location(
-        "recurrent_gemma_hf.another_copy", PACKAGE / "cache_recurrent_gemma.py"
-    )
-    copy = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(copy)
-    model = RecurrentGemmaForCausalLM(tiny_config()).eval()
+    copy = load_file(PACKAGE / "cache_recurrent_gemma.py", "recurrent_gemma_hf.another_copy")
+    model = RecurrentGemmaForCausalLM(byte_config()).eval()
     ids, cache = torch.randint(3, 265, (1, 5)), copy.RecurrentGemmaCache(model.config)
     assert model(ids, cache=cache).cache is cache, "an empty one becomes the model's"
     assert type(cache) is RecurrentGemmaCache
     cache.__class__ = copy.RecurrentGemmaCache
     with pytest.raises(ValueError, match=r"filled by another copy of the code .*another_copy.* save\(\) it and load"):
         model(ids, cache=cache)
-
-
-def test_pytrees_and_copies_of_outputs_keep_both_names(tiny_config):
-    output = RecurrentGemmaForCausalLM(tiny_config()).eval()(torch.randint(3, 265, (1, 5)))
-    leaves, spec = torch.utils._pytree.tree_flatten(output)
-    rebuilt = torch.utils._pytree.tree_unflatten(leaves, spec)
-    assert type(rebuilt) is type(output)
-    assert rebuilt.cache is rebuilt.past_key_values is output.cache
-    replaced = dataclasses.replace(output, logits=output.logits + 1)
-    assert replaced.cache is replaced.past_key_values is output.cache
-
-
-def test_a_foreign_cache_under_both_names(tiny_config, said):
-    model = RecurrentGemmaForCausalLM(tiny_config()).eval()
-    ids = torch.randint(3, 265, (1, 12))
-    logits = []
-    with torch.no_grad():
-        for name in NAMES:
-            cache = DynamicCache(config=model.config)
-            model(ids[:, :7], **{name: cache})
-            logits.append(model(ids[:, 7:], **{name: cache}).logits)
-    assert torch.equal(*logits)
-    assert said == []
 
 
 # --- Releases -------------------------------------------------------------------------------------------------------
@@ -275,20 +252,20 @@ def sources() -> Iterator[tuple[str, ast.Module]]:
 
 
 def test_only_one_file_imports_from_below_the_top_level_of_transformers():
-    below = [
-        (name, node.module)
+    below = {
+        name
         for name, tree in sources()
         for node in ast.walk(tree)
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("transformers.") and not node.level
-    ] + [
-        (name, alias.name)
-        for name, tree in sources()
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Import)
-        for alias in node.names
-        if alias.name.startswith("transformers.")
-    ]
-    assert {name for name, _ in below} == {"transformers_compat.py"}
+        for module in (
+            [alias.name for alias in node.names]
+            if isinstance(node, ast.Import)
+            else [node.module or ""] * (not node.level)
+            if isinstance(node, ast.ImportFrom)
+            else []
+        )
+        if module.startswith("transformers.")
+    }
+    assert below == {"transformers_compat.py"}
 
 
 def owner_of(name: str) -> type:
@@ -352,7 +329,7 @@ def test_the_private_names_in_use_are_listed():
     assert {name for names in READ.values() for name in names.split() if name.startswith("_")} <= used
 
 
-def test_the_names_exist_in_this_release(tiny_config):
+def test_the_names_exist_in_this_release():
     instances = {
         "PreTrainedModel": transformers.GemmaForCausalLM(
             transformers.GemmaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, head_dim=4)

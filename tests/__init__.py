@@ -1,0 +1,1 @@
+"""Tests. A package, so that a helper has one name: `from tests.helpers import build`."""

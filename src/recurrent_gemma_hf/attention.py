@@ -208,16 +208,9 @@ def _flex_mask(attention: AttentionMask, shape: tuple[int, int]) -> Any:
     return create_block_mask(sees, B, None, T, key.shape[1], device=query.device)
 
 
-def check_attention(
-    config: RecurrentGemmaConfig, mask: InputMask, T: int, has_cache: bool, output_attentions: bool
-) -> None:
-    """Raise ValueError for what the attention implementation cannot do: return probabilities, take a 4D mask."""
+def check_attention(config: RecurrentGemmaConfig, mask: InputMask, T: int, has_cache: bool) -> None:
+    """Raise ValueError for a 4D mask that the attention implementation cannot take."""
     implementation = config._attn_implementation
-    if output_attentions and implementation != "eager":
-        raise ValueError(
-            f"output_attentions needs attn_implementation='eager', this model has {implementation!r}; call "
-            "model.set_attn_implementation('eager')"
-        )
     if mask.mask_4d is None or "attention" not in config.layers_block_type:
         return
     if implementation not in LOCAL_IMPLEMENTATIONS:

@@ -485,6 +485,8 @@ class RecurrentGemmaCache(Cache):
         progress = self.progress
         if progress.lengths is None:
             progress.set_lengths(torch.zeros(batch_size, dtype=torch.int64, device=device))
+        elif progress.lengths.is_inference() and not torch.is_inference_mode_enabled():
+            self._leave_inference_mode()
         progress.step_columns = columns
         progress.step_lengths = progress.step_ends = None
         if is_token is not None:
@@ -496,6 +498,14 @@ class RecurrentGemmaCache(Cache):
         progress.lengths.add_(columns if progress.step_lengths is None else progress.step_lengths)
         if self.is_recording:
             self._record_columns(is_token_of_caller, columns)
+
+    def _leave_inference_mode(self) -> None:
+        """Make tensors that can be changed of those that torch.inference_mode began."""
+        self.progress.set_lengths(self.progress.lengths.clone())
+        for layer in self.layers:
+            for name, tensor in layer.tensors().items():
+                layer.set_tensor(name, tensor.clone())
+            _mark_static(*layer.tensors().values())
 
     def _record_columns(self, token_mask: torch.Tensor | None, columns: int) -> None:
         progress = self.progress

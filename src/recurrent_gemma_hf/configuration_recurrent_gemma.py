@@ -6,14 +6,19 @@ import dataclasses
 import hashlib
 import json
 import math
+from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import torch
-from transformers import GenerationConfig, PreTrainedConfig
+from transformers import GenerationConfig, PreTrainedConfig, logging
 
 from .transformers_compat import ACT2FN
 
+logger = logging.get_logger(__name__)
+
 BLOCK_TYPES = ("recurrent", "attention")
+# In the words that Transformers' caches and vLLM read.
+_LAYER_TYPES = {"recurrent": "linear_attention", "attention": "sliding_attention"}
 GRIFFIN_PATTERN = ("recurrent", "recurrent", "attention")
 
 # What `recurrentgemma.common.Preset` states, in the names of the published config.json files (intermediate_size is
@@ -48,6 +53,9 @@ _BOOKKEEPING_KEYS = frozenset(
      "output_attentions", "prefix", "pruned_heads", "quantization_config", "task_specific_params", "tf_legacy_loss",
      "tie_encoder_decoder", "tokenizer_class", "torch_dtype", "torchscript", "use_bfloat16")
 )  # fmt: skip
+
+# Other spellings of fields, which the constructor reads.
+_READ_BY_HAND = {"layer_types", "layers_block_type", "rope_parameters", "rope_scaling"}
 
 # The fields that decide the shape of a cache and the meaning of its content.
 _FINGERPRINT_FIELDS = (
@@ -104,6 +112,11 @@ class RecurrentGemmaConfig(PreTrainedConfig):
         "embed_tokens": "free_full_weight",
         "layers.*": "free_full_weight",
         "final_norm": "keep_full_weight",
+    }
+    base_model_pp_plan: ClassVar[dict[str, tuple[list[str], list[str]]]] = {
+        "embed_tokens": (["input_ids"], ["inputs_embeds"]),
+        "layers": (["x_BTE", "inputs"], ["x_BTE"]),
+        "final_norm": (["x_BTE"], ["x_BTE"]),
     }
     # Each rank takes some of the heads; the styles that are not Transformers' own are those of tensor_parallel.py.
     base_model_tp_plan: ClassVar[dict[str, str]] = {
@@ -206,11 +219,13 @@ class RecurrentGemmaConfig(PreTrainedConfig):
                 raise ValueError(f"rope_parameters[{key!r}]={value!r} is unknown; it may hold rope_theta and "
                                  "partial_rotary_factor")  # fmt: skip
 
+    @classmethod
+    def _unknown(cls, keys: Iterable[str]) -> list[str]:
+        known = {*GenerationConfig().to_dict(), *_BOOKKEEPING_KEYS}
+        return sorted(key for key in keys if key[0] != "_" and key not in known)
+
     def _refuse_unknown(self, kwargs: dict[str, Any]) -> None:
-        generation = GenerationConfig().to_dict()
-        unknown = sorted(
-            key for key in kwargs if key[0] != "_" and key not in _BOOKKEEPING_KEYS and key not in generation
-        )
+        unknown = self._unknown(kwargs)
         if kwargs.get("model_type", self.model_type) != self.model_type:
             raise ValueError(f"model_type={kwargs['model_type']!r}: this is the config of {self.model_type!r} models")
         dtype = kwargs.get("torch_dtype") if self.dtype is None else self.dtype
@@ -295,6 +310,28 @@ class RecurrentGemmaConfig(PreTrainedConfig):
             )
 
     @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As in Transformers. Of a file, unlike of a call, unknown keys are kept, with a warning: tools write their own
+        into the config of a model that they train, and its checkpoint must load again."""
+        fields = {field.name for field in dataclasses.fields(cls)} | _READ_BY_HAND
+        unknown = cls._unknown(key for key in config_dict if key not in fields)
+        config = super().from_dict({k: v for k, v in config_dict.items() if k not in unknown}, **kwargs)
+        own = config[0] if isinstance(config, tuple) else config
+        for key in unknown:
+            if isinstance(getattr(cls, key, None), property):
+                if getattr(own, key) != config_dict[key]:
+                    raise ValueError(f"{key}={config_dict[key]!r} contradicts the rest, of which follows "
+                                     f"{getattr(own, key)!r}; leave it out")  # fmt: skip
+            else:
+                setattr(own, key, config_dict[key])
+        if strangers := [key for key in unknown if not hasattr(cls, key)]:
+            logger.warning_once(
+                f"this config has keys that RecurrentGemma does not know; they are kept and mean nothing to the model: "
+                f"{', '.join(strangers)}"
+            )
+        return config
+
+    @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> RecurrentGemmaConfig:
         """A published architecture by name (a key of `PRESETS`), with any field overridden."""
         if name not in PRESETS:
@@ -314,26 +351,50 @@ class RecurrentGemmaConfig(PreTrainedConfig):
         own._attn_implementation = config._attn_implementation
         return own
 
+    # Tools set these on a config as they do on others: what they follow from is set.
+
     @property
     def layers_block_type(self) -> list[str]:
         """ "recurrent" or "attention" for each layer: the pattern, repeated and cut to the number of layers."""
         return [self.block_types[i % len(self.block_types)] for i in range(self.num_hidden_layers)]
 
+    @layers_block_type.setter
+    def layers_block_type(self, blocks: list[str]) -> None:
+        if not isinstance(blocks, (list, tuple)) or not blocks or not set(blocks) <= set(BLOCK_TYPES):
+            raise ValueError(f"layers_block_type={blocks!r} must be a list of {BLOCK_TYPES}, one for each layer")
+        self.block_types = list(blocks)
+
     @property
     def layer_types(self) -> list[str]:
         """The same in the words that Transformers' caches and vLLM read."""
-        names = {"recurrent": "linear_attention", "attention": "sliding_attention"}
-        return [names[block] for block in self.layers_block_type]
+        return [_LAYER_TYPES[block] for block in self.layers_block_type]
+
+    @layer_types.setter
+    def layer_types(self, types: list[str]) -> None:
+        blocks = {layer_type: block for block, layer_type in _LAYER_TYPES.items()}
+        if not isinstance(types, (list, tuple)) or not set(types) <= set(blocks):
+            raise ValueError(f"layer_types={types!r} must be a list of {tuple(blocks)}, one for each layer")
+        self.layers_block_type = [blocks[layer_type] for layer_type in types]
 
     @property
     def sliding_window(self) -> int:
         """The attention window as Transformers counts it, the query itself included."""
         return self.attention_window_size + 1
 
+    @sliding_window.setter
+    def sliding_window(self, size: int) -> None:
+        if isinstance(size, bool) or not isinstance(size, int) or size < 2:
+            raise ValueError(f"sliding_window={size!r} must be a whole number from 2 on: the query and those before it")
+        self.attention_window_size = size - 1
+
     @property
     def final_logit_softcapping(self) -> float | None:
         """The soft cap under the name, and in the sense, that libraries with a loss of their own (TRL) look for."""
         return self.logits_soft_cap or None
+
+    @final_logit_softcapping.setter
+    def final_logit_softcapping(self, soft_cap: float | None) -> None:
+        self.logits_soft_cap = soft_cap or 0.0
 
     @property
     def rotary_dim(self) -> int:

@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.modules.module import _has_any_global_hook
 
 from .backend import is_transformed
 
 ONEDNN: Any = torch.backends.mkldnn  # Any: its attributes are properties, made at run time
 HAS_ONEDNN = ONEDNN.is_available()
+_FORWARD = nn.Linear.forward
 FEW_ROWS = 256  # up to so many rows oneDNN's float32 product is the faster one on a CPU (benchmarks/LOG.md)
 FEW_INT8_ROWS = 16  # up to so many rows int8 weights are better multiplied as they are than converted first
 
@@ -62,9 +64,12 @@ def fast_linear(x: torch.Tensor, weight: Any, bias: torch.Tensor | None) -> torc
     rows, dtype = x.numel() // x.shape[-1], x.dtype
     if rows > FEW_ROWS or dtype != weight.dtype or torch.is_autocast_enabled("cpu"):
         return None
+    if x.shape[-1] != weight.shape[-1]:  # F.linear says so
+        return None
     if torch.compiler.is_compiling():
         return _row_times_weight(x, weight, bias) if rows == 1 and not torch.compiler.is_exporting() else None
-    if not HAS_ONEDNN:
+    # Somebody is watching: a counter of FLOPs, a profiler of functions.
+    if not HAS_ONEDNN or torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
         return None
     if type(weight) is not nn.Parameter:
         is_for_kernel = dtype == torch.bfloat16 and rows <= FEW_INT8_ROWS and x.shape[-1] % 4 == 0
@@ -135,9 +140,11 @@ def _is_int8_by_row(weight: Any) -> bool:
 
 
 def linear(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """layer(x), by `fast_linear` where it can. The layers themselves are nn.Linear to the letter, which is what
-    quantizers look for; one with hooks, or with a forward that somebody (accelerate) has put before it, is called."""
-    if type(layer) is nn.Linear and not (layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer)):
+    """Compute layer(x), by `fast_linear` where it can. The layers themselves are nn.Linear to the letter, which is what
+    quantizers look for; one with hooks, its own or everybody's, or whose forward somebody has replaced is called."""
+    has_hooks = layer._forward_hooks or layer._forward_pre_hooks or _has_any_global_hook()
+    is_replaced = "forward" in vars(layer) or nn.Linear.forward is not _FORWARD
+    if x.is_cpu and type(layer) is nn.Linear and not has_hooks and not is_replaced:
         out = fast_linear(x, layer.weight, layer.bias)
         if out is not None:
             return out

@@ -136,6 +136,30 @@ def may_look_at(x: torch.Tensor) -> bool:
     return x.device.type == "cpu" and can_read_back(x)
 
 
+def check_input(
+    input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, vocab_size: int, hidden_size: int
+) -> None:
+    """Raise ValueError unless there is one of the two, not empty, of the model's width or with ids that it has."""
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("give exactly one of input_ids and inputs_embeds")
+    given = inputs_embeds if input_ids is None else input_ids
+    if given.ndim != (3 if input_ids is None else 2) or 0 in given.shape[:2]:
+        raise ValueError(
+            f"the input has shape {tuple(given.shape)}; it must be (batch, tokens) ids or (batch, tokens, width) "
+            "embeddings with at least one token (an empty prompt needs at least its BOS token)"
+        )
+    if inputs_embeds is not None and inputs_embeds.shape[2] != hidden_size:
+        raise ValueError(f"inputs_embeds of shape {tuple(inputs_embeds.shape)} must end with hidden_size={hidden_size}")
+    # On a GPU this would wait for the device; there the embedding's own assertion has to do.
+    if input_ids is not None and may_look_at(input_ids):
+        low, high = input_ids.aminmax()
+        if low < 0 or high >= vocab_size:
+            raise ValueError(
+                f"token ids from {low.item()} to {high.item()} do not fit vocab_size={vocab_size}; is this the "
+                "tokenizer of this model?"
+            )
+
+
 def check_positions(position_ids: torch.Tensor, is_token_BT: torch.Tensor | None, shape: tuple[int, int]) -> None:
     """Raise ValueError for positions that do not grow within a document, or have another shape than (B or 1, T)."""
     B, T = shape
@@ -202,6 +226,20 @@ def select_columns(x_BTE: torch.Tensor, which: torch.Tensor | int) -> torch.Tens
     if isinstance(which, int):
         return x_BTE[:, -which:] if which else x_BTE
     return reorder(x_BTE, which) if which.ndim == 2 else x_BTE[:, which]
+
+
+def selected(output_hidden_states: bool | int | list[int], count: int) -> set[int]:
+    """Return which of `count` hidden states are wanted: all, none, or those of an index or a list of them.
+
+    Raises:
+        ValueError: for an index that there is not.
+    """
+    if isinstance(output_hidden_states, bool):
+        return set(range(count)) if output_hidden_states else set()
+    indices = [output_hidden_states] if isinstance(output_hidden_states, int) else list(output_hidden_states)
+    if not all(isinstance(index, int) and -count <= index < count for index in indices):
+        raise ValueError(f"output_hidden_states={output_hidden_states!r}: there are {count}, from 0 to {count - 1}")
+    return {index % count for index in indices}
 
 
 def reorder_attention(weights_BHTK: torch.Tensor, restore: torch.Tensor | None) -> torch.Tensor:

@@ -44,6 +44,7 @@ from .generation import RecurrentGemmaGenerationMixin
 from .inputs import (
     Columns,
     InputMask,
+    check_input,
     check_positions,
     document_positions,
     first_tokens,
@@ -51,6 +52,7 @@ from .inputs import (
     reorder,
     reorder_attention,
     select_columns,
+    selected,
 )
 from .rg_lru import RgLruParameters, rg_lru, rg_lru_step
 from .scan import linear_recurrence
@@ -333,12 +335,17 @@ class RecurrentGemmaDecoderLayer(GradientCheckpointingLayer):
         self.channel_pre_norm = RecurrentGemmaRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp_block = RecurrentGemmaMLP(config)
 
+    def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        # Without gradients there is nothing to checkpoint, and text may be generated with a cache while training.
+        return (
+            super().__call__(*args, **kwargs) if torch.is_grad_enabled() else nn.Module.__call__(self, *args, **kwargs)
+        )
+
     def forward(
         self, x_BTE: torch.Tensor, inputs: LayerInputs, cache: Cache | None = None, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        mixed, weights = self.temporal_block(self.temporal_pre_norm(x_BTE), inputs, cache, **kwargs)
-        x_BTE = x_BTE + mixed
-        return x_BTE + self.mlp_block(self.channel_pre_norm(x_BTE)), weights
+    ) -> torch.Tensor:
+        x_BTE = x_BTE + self.temporal_block(self.temporal_pre_norm(x_BTE), inputs, cache, **kwargs)[0]
+        return x_BTE + self.mlp_block(self.channel_pre_norm(x_BTE))
 
 
 # --- The model ----------------------------------------------------------------------------------------------------
@@ -400,9 +407,10 @@ class RecurrentGemmaPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """As in Transformers, but strict: missing or unexpected weights raise ValueError with their names.
+        """As in Transformers, but strict: missing or unexpected weights of the stack raise ValueError with their names,
+        unless `output_loading_info=True` asks for them.
 
-        Only the heads of other tasks may be missing or left over. On a CPU without bfloat16 instructions the default
+        Heads may be missing or left over, whoever they belong to. On a CPU without bfloat16 instructions the default
         dtype is float32: bfloat16 is emulated there, ten times slower.
         """
         want_info = kwargs.pop("output_loading_info", False)
@@ -410,10 +418,10 @@ class RecurrentGemmaPreTrainedModel(PreTrainedModel):
             kwargs["config"] = RecurrentGemmaConfig.adopt(kwargs["config"])
         no_dtype_asked_for = kwargs.get("dtype", kwargs.get("torch_dtype")) in (None, "auto")  # pipeline says "auto"
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
-        heads = ("lm_head.", "score.", "qa_outputs.")
+        stack = ("embed_tokens.", "layers.", "final_norm.")
         for kind in ("missing", "unexpected"):
-            names = sorted(name for name in info[f"{kind}_keys"] if not name.startswith(heads))
-            if names:
+            names = sorted(name for name in info[f"{kind}_keys"] if name.removeprefix("model.").startswith(stack))
+            if names and not want_info:
                 shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
                 raise ValueError(
                     f"{len(names)} weights of {pretrained_model_name_or_path} are {kind}: {shown}. Is this a "
@@ -454,10 +462,6 @@ def _refuse_foreign_adapter(model: nn.Module, keys: Any) -> None:
         )
 
 
-def _default(value: Any, otherwise: Any) -> Any:
-    return otherwise if value is None else value
-
-
 class RecurrentGemmaModel(RecurrentGemmaPreTrainedModel):
     """The stack of residual blocks, without a head."""
 
@@ -483,7 +487,7 @@ class RecurrentGemmaModel(RecurrentGemmaPreTrainedModel):
         cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
-        output_hidden_states: bool | None = None,
+        output_hidden_states: bool | int | list[int] | None = None,
         output_attentions: bool | None = None,
         sequence_shard: Any = None,
         past_key_values: Cache | None = None,
@@ -513,8 +517,15 @@ class RecurrentGemmaModel(RecurrentGemmaPreTrainedModel):
         position_ids = document_positions(position_ids, kwargs, B, T)
         cache = one_cache(cache, past_key_values)
         cache = self._cache(cache, bool(use_cache) if sequence_shard is not None else use_cache)
-        output_hidden_states = bool(_default(output_hidden_states, self.config.output_hidden_states))
-        output_attentions = bool(_default(output_attentions, self.config.output_attentions))
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        output_attentions = self.config.output_attentions if output_attentions is None else bool(output_attentions)
+        if output_attentions and self.config._attn_implementation != "eager":
+            logger.warning_once(
+                f"attn_implementation={self.config._attn_implementation!r} computes no attention probabilities: "
+                "attentions will be empty; model.set_attn_implementation('eager') gives them"
+            )
+            output_attentions = False
         # Everything that can be wrong is found before the cache moves on.
         mask = InputMask.read(attention_mask, cache, B, T)
         if sequence_shard is not None:
@@ -522,7 +533,7 @@ class RecurrentGemmaModel(RecurrentGemmaPreTrainedModel):
             mask = mask._replace(seen=sequence_shard.offset)
         if position_ids is not None:
             check_positions(position_ids, mask.is_token, (B, T))
-        check_attention(self.config, mask, T, cache is not None, output_attentions)
+        check_attention(self.config, mask, T, cache is not None)
         start: torch.Tensor | int = mask.seen
         if cache is not None:
             cache.check(self.config, B)
@@ -542,49 +553,42 @@ class RecurrentGemmaModel(RecurrentGemmaPreTrainedModel):
         inputs: LayerInputs,
         cache: Cache | None,
         restore: torch.Tensor | None,
-        output_hidden_states: bool,
+        output_hidden_states: bool | int | list[int],
         output_attentions: bool,
         **kwargs: Any,
     ) -> RecurrentGemmaModelOutput:
-        hidden_states: list[torch.Tensor] = []
+        layers = self.layers[: self.config.num_hidden_layers]  # fewer while drafts leave early (LayerSkip)
+        count = len(layers) + 1
+        wanted = selected(output_hidden_states, count)
+        hidden_states: list[torch.Tensor | None] = []
         attentions: list[torch.Tensor] = []
-        for layer in self.layers:
-            if output_hidden_states:
-                hidden_states.append(reorder(x, restore))
-            x, weights = layer(x, inputs, cache=cache, **kwargs)
-            if output_attentions and weights is not None:
-                attentions.append(reorder_attention(weights, restore))
+        blocks: list[Any] = [layer.temporal_block for layer in layers if output_attentions]
+        hooks = [block.register_forward_hook(lambda module, args, out: attentions.append(out[1])) for block in blocks]
+        try:
+            for i, layer in enumerate(layers):
+                hidden_states.append(reorder(x, restore) if i in wanted else None)
+                x = layer(x, inputs, cache=cache, **kwargs)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        attentions = [reorder_attention(weights, restore) for weights in attentions if weights is not None]
         x = reorder(self.final_norm(x), restore)
+        hidden_states.append(x if count - 1 in wanted else None)
         return RecurrentGemmaModelOutput(
             last_hidden_state=x,
-            hidden_states=(*hidden_states, x) if output_hidden_states else None,
+            hidden_states=tuple(hidden_states) if wanted else None,
             attentions=tuple(attentions) if output_attentions else None,
             cache=cache,
         )
 
     def _embed(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
-        given = inputs_embeds if input_ids is None else input_ids
-        if given.ndim != (3 if input_ids is None else 2) or 0 in given.shape[:2]:
-            raise ValueError(
-                f"the input has shape {tuple(given.shape)}; it must be (batch, tokens) ids or (batch, tokens, width) "
-                "embeddings with at least one token (an empty prompt needs at least its BOS token)"
-            )
+        check_input(input_ids, inputs_embeds, self.config.vocab_size, self.config.hidden_size)
         if input_ids is not None:
-            # On a GPU this would wait for the device; there the embedding's own assertion has to do.
-            if may_look_at(input_ids):
-                low, high = input_ids.aminmax()
-                if low < 0 or high >= self.config.vocab_size:
-                    raise ValueError(
-                        f"token ids from {low.item()} to {high.item()} do not fit vocab_size={self.config.vocab_size}; "
-                        "is this the tokenizer of this model?"
-                    )
             inputs_embeds = self.embed_tokens(input_ids)
         return inputs_embeds * self.embedding_scale if self.config.embeddings_scale_by_sqrt_dim else inputs_embeds
 
     def _cache(self, cache: Cache | None, use_cache: bool | None) -> Cache | None:
-        if self.gradient_checkpointing and self.training:
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
             if cache is not None:
                 raise ValueError("gradient checkpointing would run the cache twice; train without past_key_values")
             return None

@@ -71,9 +71,9 @@ def rg_lru(
         return out_BTD, last_BD, None
     r_weight, r_bias, i_weight, i_bias, recurrent_param_D = parameters
     r_pre, i_pre = gate(x_BTD, r_weight, r_bias), gate(x_BTD, i_weight, i_bias)
-    softplus_D = F.softplus(recurrent_param_D.to(torch.promote_types(x_BTD.dtype, torch.float32)))
+    scale_D = log_a_scale(recurrent_param_D.to(torch.promote_types(x_BTD.dtype, torch.float32)))
     is_padding = None if is_padding_BT is None else is_padding_BT[..., None]
-    a_BTD, gated_BTD = coefficients(r_pre, i_pre, x_BTD, softplus_D, reset_BT[..., None], is_padding)
+    a_BTD, gated_BTD = coefficients(r_pre, i_pre, x_BTD, scale_D, reset_BT[..., None], is_padding)
     h_BTD, last_BD = scan(gated_BTD, a_BTD) if h0_BD is None else scan(gated_BTD, a_BTD, h0_BD)
     return (h_BTD * act(y_BTD)).to(x_BTD.dtype), last_BD, h_BTD if return_states else None
 
@@ -83,6 +83,11 @@ def gate(x_BTD: Tensor, weight_Hdd: Tensor, bias_Hd: Tensor) -> Tensor:
     blocks_HNd = x_BTD.reshape(-1, *weight_Hdd.shape[:2]).transpose(0, 1)
     out_HNd = torch.baddbmm(bias_Hd[:, None].to(x_BTD.dtype), blocks_HNd, weight_Hdd.to(x_BTD.dtype))
     return out_HNd.transpose(0, 1).reshape(x_BTD.shape)
+
+
+def log_a_scale(recurrent_param_D: Tensor) -> Tensor:
+    """Compute -c softplus(Lambda), (D,): log a = r times this (equation 3)."""
+    return -RG_LRU_C * F.softplus(recurrent_param_D)
 
 
 def coefficients(*inputs: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -109,15 +114,15 @@ class RgLruCoefficients(torch.autograd.Function):
     """Gates to recurrence (equations 1 to 4): a = exp(-c r softplus(Lambda)), x' = sqrt(1 - a^2) i x.
 
     Recomputes everything in its backward: three activations are saved instead of nine. The derivative of the square
-    root is bounded as in the official code. Inputs (B, T, D) before the sigmoids, softplus(Lambda) (D,) in float32;
+    root is bounded as in the official code. Inputs (B, T, D) before the sigmoids, `log_a_scale` (D,) in float32;
     `reset` (B or 1, T, 1) bool, `is_padding` likewise or None. Outputs a and x' in float32 (float64 for float64).
     """
 
     @staticmethod
-    def _parts(r_pre: Tensor, i_pre: Tensor, softplus_D: Tensor) -> tuple[Tensor, ...]:
-        dtype = softplus_D.dtype
+    def _parts(r_pre: Tensor, i_pre: Tensor, scale_D: Tensor) -> tuple[Tensor, ...]:
+        dtype = scale_D.dtype
         r, i = torch.sigmoid(r_pre.to(dtype)), torch.sigmoid(i_pre.to(dtype))
-        log_a = r * (-RG_LRU_C * softplus_D)
+        log_a = r * scale_D
         # 1 - exp(2 log a), not -expm1(2 log a): at a = 1 the official code rounds to 0, and so must we.
         return r, i, log_a, 1.0 - torch.exp(2.0 * log_a)
 
@@ -126,12 +131,12 @@ class RgLruCoefficients(torch.autograd.Function):
         r_pre: Tensor,
         i_pre: Tensor,
         x: Tensor,
-        softplus_D: Tensor,
+        scale_D: Tensor,
         reset: Tensor,
         is_padding: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """Compute a and x' without gradients, in place where it can."""
-        _, i, log_a, one_minus_a2 = RgLruCoefficients._parts(r_pre, i_pre, softplus_D)
+        _, i, log_a, one_minus_a2 = RgLruCoefficients._parts(r_pre, i_pre, scale_D)
         a, multiplier = log_a.exp_(), one_minus_a2.sqrt_()
         # A document begins: nothing of the past, and x enters undamped.
         a, multiplier = a.masked_fill_(reset, 0.0), multiplier.masked_fill_(reset, 1.0)
@@ -143,8 +148,8 @@ class RgLruCoefficients(torch.autograd.Function):
     @staticmethod
     def plain(*inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Compute the same for autograd and every transform of torch."""
-        r_pre, i_pre, x, softplus_D, reset, is_padding = inputs
-        _, i, log_a, one_minus_a2 = RgLruCoefficients._parts(r_pre, i_pre, softplus_D)
+        r_pre, i_pre, x, scale_D, reset, is_padding = inputs
+        _, i, log_a, one_minus_a2 = RgLruCoefficients._parts(r_pre, i_pre, scale_D)
         a, gated = log_a.exp().masked_fill(reset, 0.0), bounded_sqrt(one_minus_a2).masked_fill(reset, 1.0) * i * x
         return (
             (a, gated) if is_padding is None else (a.masked_fill(is_padding, 1.0), gated.masked_fill(is_padding, 0.0))
@@ -158,28 +163,29 @@ class RgLruCoefficients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_a: Tensor, grad_gated: Tensor) -> tuple[Tensor | None, ...]:
-        """Compute the gradients of the three inputs and of softplus(Lambda)."""
+        """Compute the gradients of the three inputs and of the scale."""
         saved_tensors = ctx.saved_tensors  # read once: activation checkpointing refuses a second time
         if torch.is_grad_enabled():
             return plain_gradients(RgLruCoefficients.plain, saved_tensors, (grad_a, grad_gated))
-        r_pre, i_pre, x, softplus_D, reset, is_padding = saved_tensors
-        r, i, log_a, one_minus_a2 = RgLruCoefficients._parts(r_pre, i_pre, softplus_D)
-        x = x.to(softplus_D.dtype)
+        r_pre, i_pre, x, scale_D, reset, is_padding = saved_tensors
+        r, i, log_a, one_minus_a2 = RgLruCoefficients._parts(r_pre, i_pre, scale_D)
+        x = x.to(scale_D.dtype)
         if is_padding is not None:
             grad_a, grad_gated = grad_a.masked_fill(is_padding, 0.0), grad_gated.masked_fill(is_padding, 0.0)
         multiplier = one_minus_a2.sqrt().masked_fill_(reset, 1.0)
         grad_x = grad_gated * multiplier
         grad_i = grad_x * x * i * (1.0 - i)
         grad_x = grad_x.mul_(i)
-        grad_square = grad_gated * i * x / torch.clamp(4.0 * one_minus_a2, min=MIN_4X_IN_SQRT_GRADIENT).sqrt_()
+        # min is MIN_4X_IN_SQRT_GRADIENT: torch.compile(dynamic=True) would make an input of a float with a name.
+        grad_square = grad_gated * i * x / torch.clamp(4.0 * one_minus_a2, min=1e-6).sqrt_()
         a = log_a.exp_()
         grad_log_a = a.mul(grad_a).sub_(grad_square.mul_(2.0).mul_(a).mul_(a))
-        grad_log_a = grad_log_a.masked_fill_(reset, 0.0).mul_(-RG_LRU_C).mul_(r)
-        grad_softplus = grad_log_a.sum((0, 1))
-        grad_r = grad_log_a.mul_(softplus_D).mul_(1.0 - r)
+        grad_log_a = grad_log_a.masked_fill_(reset, 0.0).mul_(r)
+        grad_scale = grad_log_a.sum((0, 1))
+        grad_r = grad_log_a.mul_(scale_D).mul_(1.0 - r)
         grads = (grad_r, grad_i, grad_x)
         grads = tuple(grad.to(saved.dtype) for grad, saved in zip(grads, saved_tensors[:3], strict=True))
-        return *grads, grad_softplus, None, None
+        return *grads, grad_scale, None, None
 
 
 # ---------------------------------------------------------------- by kernels
@@ -229,7 +235,7 @@ def _rg_lru(
     from .rg_lru_triton import forward
 
     gates_HNe = torch.bmm(*_gate_factors(x_BTD, r_weight_Hdd, i_weight_Hdd))
-    log_a_D = -RG_LRU_C * F.softplus(recurrent_param_D.float())
+    log_a_D = log_a_scale(recurrent_param_D.float())
     out_BTD, last_BD, carries_BMD = forward(
         x_BTD, y_BTD, gates_HNe, r_bias_Hd, i_bias_Hd, log_a_D, h0_BD, reset_BT, is_padding_BT, keep
     )
@@ -263,7 +269,7 @@ def _rg_lru_backward(
 
     H, d, _ = r_weight_Hdd.shape
     recurrent_param_D32 = recurrent_param_D.float()
-    log_a_D = -RG_LRU_C * F.softplus(recurrent_param_D32)
+    log_a_D = log_a_scale(recurrent_param_D32)
     dx, dy, dgates_HNe, dh0_BD, sums_3D = backward(
         dout_BTD, dlast_BD, x_BTD, y_BTD, gates_HNe, carries_BMD, r_bias_Hd, i_bias_Hd, log_a_D, reset_BT,
         is_padding_BT, MIN_4X_IN_SQRT_GRADIENT,
@@ -328,10 +334,10 @@ def _plain_rg_lru(
     is_padding: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     r_weight, r_bias, i_weight, i_bias, recurrent_param = parameters
-    softplus_D = F.softplus(recurrent_param.float())
+    scale_D = log_a_scale(recurrent_param.float())
     flags = (None if flag is None else flag[..., None] for flag in (reset, is_padding))
     pre = gate(x, r_weight, r_bias), gate(x, i_weight, i_bias)
-    a, gated = RgLruCoefficients.plain(*pre, x, softplus_D, *flags)
+    a, gated = RgLruCoefficients.plain(*pre, x, scale_D, *flags)
     h, last = linear_recurrence(gated, a, h0)
     return (h * F.gelu(y, approximate="tanh")).to(x.dtype), last
 

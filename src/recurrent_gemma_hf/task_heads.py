@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from .configuration_recurrent_gemma import RecurrentGemmaConfig
+from .cross_entropy import IGNORE_INDEX
 from .inputs import last_true, select_columns
 from .modeling_recurrent_gemma import RecurrentGemmaModel, RecurrentGemmaPreTrainedModel, new_linear
 from .transformers_compat import (
@@ -37,6 +38,20 @@ def _last_token(
     return last_true(tokens)
 
 
+def _of_the_batch(
+    loss: torch.Tensor, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None
+) -> torch.Tensor:
+    """Return the share of a mean over these labels in the mean over all labels of an accumulated batch.
+
+    Trainer counts them (`num_items_in_batch`) and then adds up the losses of its parts.
+    """
+    if num_items_in_batch is None:
+        return loss
+    if isinstance(num_items_in_batch, torch.Tensor):
+        num_items_in_batch = num_items_in_batch.to(loss.device)
+    return loss * (labels != IGNORE_INDEX).sum().to(loss.device) / num_items_in_batch
+
+
 def _refuse_shard(kwargs: dict[str, Any]) -> None:
     if kwargs.get("sequence_shard") is not None:
         raise ValueError("only the language model works on a chunk of a sequence; give this one whole sequences")
@@ -57,22 +72,26 @@ class RecurrentGemmaForSequenceClassification(RecurrentGemmaPreTrainedModel):
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs: Any,
     ) -> RecurrentGemmaSequenceClassifierOutput:
         """logits (B, num_labels). labels (B,) int64, or float for regression and multi-label problems; padding is
         told by the attention_mask, else by config.pad_token_id. Other arguments as in `RecurrentGemmaModel`."""
         _refuse_shard(kwargs)
         outputs = self.model(
-            input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, return_dict=True, **kwargs
-        )
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, inputs_embeds=inputs_embeds,
+            return_dict=True, **kwargs,
+        )  # fmt: skip
         x = outputs.last_hidden_state
         last = _last_token(self.config, input_ids, attention_mask, *x.shape[:2])
         logits = self.score(select_columns(x, 1 if last is None else last))[:, 0]
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)
+            loss = _of_the_batch(loss, labels, num_items_in_batch)
         return RecurrentGemmaSequenceClassifierOutput(
             loss=loss,
             logits=logits,
@@ -94,13 +113,22 @@ class RecurrentGemmaForTokenClassification(RecurrentGemmaPreTrainedModel):
 
     @can_return_tuple
     def forward(
-        self, input_ids: torch.LongTensor | None = None, labels: torch.LongTensor | None = None, **kwargs: Any
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs: Any,
     ) -> TokenClassifierOutput:
         """logits (B, T, num_labels). labels (B, T) int64, -100 ignored. Other arguments as in `RecurrentGemmaModel`."""
         _refuse_shard(kwargs)
-        outputs = self.model(input_ids=input_ids, return_dict=True, **kwargs)
-        logits = self.score(outputs.last_hidden_state)
-        loss = None if labels is None else self.loss_function(logits, labels, self.config)
+        outputs = self.model(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, return_dict=True, **kwargs
+        )
+        logits, loss = self.score(outputs.last_hidden_state), None
+        if labels is not None:
+            loss = _of_the_batch(self.loss_function(logits, labels, self.config), labels, num_items_in_batch)
         return TokenClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
@@ -119,17 +147,23 @@ class RecurrentGemmaForQuestionAnswering(RecurrentGemmaPreTrainedModel):
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
         start_positions: torch.LongTensor | None = None,
         end_positions: torch.LongTensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs: Any,
     ) -> QuestionAnsweringModelOutput:
         """start_logits and end_logits (B, T); positions (B,) int64. Other arguments as in `RecurrentGemmaModel`."""
         _refuse_shard(kwargs)
-        outputs = self.model(input_ids=input_ids, return_dict=True, **kwargs)
+        outputs = self.model(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, return_dict=True, **kwargs
+        )
         start_logits, end_logits = (x.contiguous() for x in self.qa_outputs(outputs.last_hidden_state).unbind(-1))
         loss = None
         if start_positions is not None and end_positions is not None:
             loss = self.loss_function(start_logits, end_logits, start_positions, end_positions)
+            loss = _of_the_batch(loss, start_positions, num_items_in_batch)
         return QuestionAnsweringModelOutput(
             loss=loss,
             start_logits=start_logits,

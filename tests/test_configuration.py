@@ -482,9 +482,9 @@ def test_contradictions(fields, message):
 
 
 def test_a_bad_file_is_refused_by_name(tmp_path):
-    values = json.loads(byte_config().to_json_string()) | {"conv1d_widht": 4}
+    values = json.loads(byte_config().to_json_string()) | {"conv1d_width": 0}
     (tmp_path / "config.json").write_text(json.dumps(values))
-    with pytest.raises(ValueError, match="'conv1d_widht'"):
+    with pytest.raises(ValueError, match="conv1d_width=0"):
         AutoConfig.from_pretrained(tmp_path)
 
 

@@ -48,7 +48,7 @@ def test_hidden_states():
     torch.testing.assert_close(states[0], model.model.embed_tokens(ids) * scale)
     assert torch.equal(states[-1], model.model(ids).last_hidden_state)
     seen = []
-    handles = [layer.register_forward_hook(lambda *a: seen.append(a[2][0])) for layer in model.model.layers]
+    handles = [layer.register_forward_hook(lambda *a: seen.append(a[2])) for layer in model.model.layers]
     model(ids)
     for handle in handles:
         handle.remove()
@@ -366,7 +366,6 @@ def test_sequence_classification_reads_the_last_token(side, told_by):
         ({"attention_mask": torch.ones(2, 5, 5)}, r"attention_mask of shape \(2, 5, 5\)"),
         ({"past_key_values": ()}, "past_key_values is a tuple; it must be a Cache, best a RecurrentGemmaCache"),
         ({"past_key_values": {}}, "past_key_values is a dict"),
-        ({"output_attentions": True}, "output_attentions needs attn_implementation='eager', this model has 'sdpa'"),
     ],
 )
 def test_bad_input(inputs, message):

@@ -485,7 +485,7 @@ class RecurrentGemmaCache(Cache):
         progress = self.progress
         if progress.lengths is None:
             progress.set_lengths(torch.zeros(batch_size, dtype=torch.int64, device=device))
-        elif progress.lengths.is_inference() and not torch.is_inference_mode_enabled():
+        elif not torch.compiler.is_compiling() and self._began_in_inference_mode():
             self._leave_inference_mode()
         progress.step_columns = columns
         progress.step_lengths = progress.step_ends = None
@@ -498,6 +498,10 @@ class RecurrentGemmaCache(Cache):
         progress.lengths.add_(columns if progress.step_lengths is None else progress.step_lengths)
         if self.is_recording:
             self._record_columns(is_token_of_caller, columns)
+
+    def _began_in_inference_mode(self) -> bool:
+        """Whether the tensors refuse to be changed here. Dynamo cannot trace this question."""
+        return self.progress.lengths.is_inference() and not torch.is_inference_mode_enabled()
 
     def _leave_inference_mode(self) -> None:
         """Make tensors that can be changed of those that torch.inference_mode began."""

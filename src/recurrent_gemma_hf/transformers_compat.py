@@ -47,7 +47,9 @@ OVERRIDDEN = {
     "GenerationMixin": (
         "_prepare_cache_for_generation _prepare_position_ids_for_generation generate prepare_inputs_for_generation"
     ),
-    "PreTrainedConfig": "base_model_fsdp_plan base_model_tp_plan model_type validate_architecture",
+    "PreTrainedConfig": (
+        "base_model_fsdp_plan base_model_pp_plan base_model_tp_plan from_dict model_type validate_architecture"
+    ),
     "Cache": (
         "activate_past_recording batch_repeat_interleave batch_select_indices batch_size crop get_mask_sizes "
         "get_seq_length is_compileable is_initialized is_linear reorder_cache reset"

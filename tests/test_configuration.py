@@ -69,7 +69,7 @@ def test_every_value_of_a_published_file_is_read(name, tmp_path):
         "num_key_value_heads": 5, "pad_token_id": 9, "partial_rotary_factor": 0.25, "rms_norm_eps": 1e-5,
         "rope_theta": 500.0, "use_cache": False, "vocab_size": 300, "w_init_variance_scale": 0.1,
         "attention_bias": True, "attention_dropout": 0.25, "embeddings_scale_by_sqrt_dim": False,
-        "block_types": ["attention", "recurrent"], "tie_word_embeddings": False,
+        "block_types": ["attention", "recurrent"], "tie_word_embeddings": False, "fuse_linear_cross_entropy": False,
     }  # fmt: skip
     changed = {key: other[key] for key in fields}
     file = {**written, **changed}
@@ -162,7 +162,7 @@ NON_DEFAULT = {
     "rope_theta": 321.0, "partial_rotary_factor": 0.25, "rms_norm_eps": 1e-4, "hidden_activation": "silu",
     "attention_dropout": 0.125, "attention_bias": True, "w_init_variance_scale": 0.02,
     "final_w_init_variance_scale": 0.75, "use_cache": False, "pad_token_id": 3, "eos_token_id": [4, 9],
-    "bos_token_id": None, "tie_word_embeddings": False,
+    "bos_token_id": None, "tie_word_embeddings": False, "fuse_linear_cross_entropy": False,
 }  # fmt: skip
 
 
@@ -290,6 +290,12 @@ def unties_the_head(config, changed) -> bool:
     return first and not second
 
 
+def keeps_the_logits(config, changed) -> bool:
+    tokens = torch.arange(2, 30)[None]
+    first, second = (hasattr(fresh(c).train()(tokens, labels=tokens), "logits") for c in (config, changed))
+    return second and not first
+
+
 EFFECTS: dict[str, tuple[Callable, object]] = {
     "vocab_size": (changes_shapes, 300),
     "hidden_size": (changes_shapes, 64),
@@ -316,6 +322,7 @@ EFFECTS: dict[str, tuple[Callable, object]] = {
     "eos_token_id": (ends_generation, 7),
     "bos_token_id": (begins_generation, 7),
     "tie_word_embeddings": (unties_the_head, False),
+    "fuse_linear_cross_entropy": (keeps_the_logits, False),
 }
 
 
@@ -404,7 +411,9 @@ SIZES = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", 
          "num_key_value_heads", "head_dim", "lru_width", "attention_window_size", "conv1d_width"]  # fmt: skip
 NUMBERS = ["logits_soft_cap", "rope_theta", "partial_rotary_factor", "rms_norm_eps", "attention_dropout",
            "w_init_variance_scale", "final_w_init_variance_scale"]  # fmt: skip
-FLAGS = ["embeddings_scale_by_sqrt_dim", "attention_bias", "tie_word_embeddings", "use_cache"]
+FLAGS = [
+    "embeddings_scale_by_sqrt_dim", "attention_bias", "tie_word_embeddings", "use_cache", "fuse_linear_cross_entropy"
+]  # fmt: skip
 TOKENS = ["pad_token_id", "eos_token_id", "bos_token_id"]
 
 BAD_VALUES = [

@@ -4,6 +4,7 @@ Shape suffixes: B batch, T tokens, N tokens, E hidden_size, V vocabulary.
 """
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.trainer_pt_utils import LabelSmoother
 
 from recurrent_gemma_hf import RecurrentGemmaForCausalLM, cross_entropy, linear_cross_entropy
+from recurrent_gemma_hf.transformers_compat import CACHE_NAME
 from tests.helpers import VARIANTS, assert_same_gradients, build, gradients, tiny_config
 
 IGNORED = -100
@@ -212,7 +214,7 @@ def batch() -> dict[str, Tensor]:
 def test_training_loss_and_gradients_equal_those_of_all_logits(variant, tied):
     ours, theirs = pair(variant, tie_word_embeddings=tied)
     inputs = batch()
-    assert ours(**inputs).logits is None
+    assert not hasattr(ours(**inputs), "logits")
     assert theirs(**inputs).logits.shape == (2, 40, V)
     assert_same(loss_and_gradients(ours, **inputs), loss_and_gradients(theirs, **inputs))
     torch.testing.assert_close(ours(**inputs).loss, ours.eval()(**inputs).loss, rtol=1e-6, atol=0)
@@ -307,8 +309,31 @@ def test_heads_of_other_kinds(what, monkeypatch):
     theirs = copy.deepcopy(model)
     inner = theirs.get_base_model() if what == "adapter on the head" else theirs
     inner.loss_function = lambda logits, labels, **kwargs: ForCausalLMLoss(logits, labels, **kwargs)
-    assert model(**inputs).logits is None
+    assert not hasattr(model(**inputs), "logits")
     assert_same(loss_and_gradients(model, **inputs), loss_and_gradients(theirs, **inputs))
+
+
+def test_missing_logits_name_the_switch_that_brings_them():
+    model, inputs = pair()[0], batch()
+    outputs = model(**inputs, output_hidden_states=True, use_cache=True)
+    for read, error in ((lambda: outputs.logits, AttributeError), (lambda: outputs["logits"], KeyError)):
+        with pytest.raises(error, match="fuse_linear_cross_entropy"):
+            read()
+    assert list(outputs) == ["loss", CACHE_NAME, "hidden_states"]
+    assert outputs.past_key_values is outputs.cache is not None
+    copied = pickle.loads(pickle.dumps(model(**inputs)))
+    assert type(copied) is type(outputs)
+    assert "loss=" in repr(copied)
+    fused = loss_and_gradients(model, **inputs)
+    model.config.fuse_linear_cross_entropy = False
+    seen = []
+    handle = model.lm_head.register_forward_hook(lambda module, args, logits: seen.append(logits.shape))
+    loss, logits = model(**inputs, return_dict=False)
+    handle.remove()
+    assert logits.shape == (2, 40, V)
+    assert seen == [logits.shape]
+    assert_same(fused, loss_and_gradients(model, **inputs))
+    torch.testing.assert_close(loss, fused[0], rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("bad", [-1, V, IGNORED - 1])

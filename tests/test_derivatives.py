@@ -1,12 +1,15 @@
 """Derivatives beyond the first backward pass, and torch's transforms: right, or an error that names the remedy."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import functional_call
+from torch.utils._pytree import tree_leaves
 
-from recurrent_gemma_hf import RecurrentGemmaForCausalLM, linear_recurrence, set_backend
+from recurrent_gemma_hf import RecurrentGemmaForCausalLM, linear_cross_entropy, linear_recurrence, set_backend
 from recurrent_gemma_hf.scan import linear_recurrence_reference
 from tests.helpers import build, tiny_config
 from tests.kernels import needs_triton
@@ -130,6 +133,75 @@ def test_the_scan_has_tangents(grad: bool):
         expected = torch.func.jvp(linear_recurrence_reference, (x, a, h0), tangents)
     torch.testing.assert_close(got, expected)
     assert got[1][0].abs().max() > 0.1
+
+
+TRANSFORMS = {
+    "grad": lambda loss, p, v: torch.func.grad(loss)(p),
+    "vjp": lambda loss, p, v: torch.func.vjp(loss, p)[1](torch.ones((), dtype=torch.float64))[0],
+    "jvp": lambda loss, p, v: torch.func.jvp(loss, (p,), (v,)),
+    "jvp of grad": lambda loss, p, v: torch.func.jvp(torch.func.grad(loss), (p,), (v,)),
+    "vmap of grad": lambda loss, p, v: torch.func.vmap(torch.func.grad(loss))(
+        {name: torch.stack([x, x + v[name]]) for name, x in p.items()}
+    ),
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+@pytest.mark.parametrize("is_adapted", [False, True], ids=["one weight", "adapted head"])
+def test_the_loss_of_training_under_transforms(transform: Callable, is_adapted: bool):
+    """It has operators and checkpoints of its own, which transforms do not know: there it is the loss of the logits."""
+    model = model_of("recurrentgemma").train()
+    if is_adapted:
+        model.lm_head = torch.nn.Sequential(model.lm_head)
+    model.config.logits_soft_cap = 0.5
+    ids = ids_of(model)
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+
+    def of_training(p: dict[str, Tensor]) -> Tensor:
+        return functional_call(model, p, (ids,), {"labels": ids}).loss
+
+    def of_logits(p: dict[str, Tensor]) -> Tensor:
+        logits = functional_call(model, p, (ids,), {"use_cache": False}).logits
+        return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+
+    direction = {name: direction_of(model)[name] for name in parameters}
+    got, expected = (transform(loss, parameters, direction) for loss in (of_training, of_logits))
+    torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)
+    assert all(x.abs().max() > 1e-9 for x in tree_leaves(got))
+
+
+def test_dual_numbers_reach_the_loss_of_training():
+    x, weight = torch.randn(5, 8, dtype=torch.float64), torch.randn(11, 8, dtype=torch.float64)
+    labels, direction = torch.tensor([3, 10, -100, 0, 7]), torch.randn(5, 8, dtype=torch.float64)
+    with forward_ad.dual_level():
+        losses = linear_cross_entropy(forward_ad.make_dual(x, direction), weight, labels, soft_cap=2.0)
+        got = forward_ad.unpack_dual(losses).tangent
+    step = 1e-6
+    above, below = (linear_cross_entropy(x + s * direction, weight, labels, soft_cap=2.0) for s in (step, -step))
+    torch.testing.assert_close(got, (above - below) / (2 * step), rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", ["grad", "jvp", "jvp of grad", "vmap of grad"])  # torch cannot compile a call of vjp
+def test_transforms_inside_a_compiled_function(name: str):
+    model = model_of("hawk").train()
+    model.config.num_hidden_layers = 1
+    ids, direction = ids_of(model), direction_of(model)
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+
+    def derivative(p: dict[str, Tensor], v: dict[str, Tensor]):
+        return TRANSFORMS[name](lambda p: functional_call(model, p, (ids,), {"labels": ids}).loss, p, v)
+
+    expected = derivative(parameters, direction)
+    got = torch.compile(derivative, backend="aot_eager")(parameters, direction)
+    torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_a_mask_per_sample_by_vmap():
+    """The cache that is on by default would be written to by all samples at once."""
+    model, ids = model_of("recurrentgemma"), ids_of(model_of("recurrentgemma"))
+    masks = torch.tensor([[0] * 5 + [1] * 12, [1] * 17])
+    got = torch.func.vmap(lambda row, mask: model(row[None], attention_mask=mask[None]).logits[0])(ids, masks)
+    torch.testing.assert_close(got[:, 5:], model(ids, attention_mask=masks).logits[:, 5:])
 
 
 def test_the_loss_without_logits_says_that_it_is_differentiated_once():

@@ -78,6 +78,43 @@ def test_several_rows_of_documents_and_padding():
         assert_trains_as_apart(model, batch, expected)
 
 
+@pytest.mark.parametrize("side", ["left", "right", "middle"])
+@pytest.mark.parametrize("at_padding", ["of the neighbour", "of its own"])
+def test_numbers_of_documents_beside_padding(side, at_padding):
+    """The first token of a document is not where the padding before it begins."""
+    model = build(tiny_config(), seed=3).train()
+    texts = documents()[:2]
+    expected = apart(model, texts)
+    ids, documents_of = torch.cat(texts), torch.cat([torch.full_like(text, i) for i, text in enumerate(texts)])
+    at = {"left": 0, "right": len(ids), "middle": len(texts[0]) - 1}[side]
+    number = documents_of[min(at, len(ids) - 1)] if at_padding == "of the neighbour" else 5
+    ids, documents_of, mask = (
+        torch.cat([row[:at], torch.full((4,), int(padding)), row[at:]])[None]
+        for row, padding in ((ids, 0), (documents_of, number), (torch.ones_like(ids), 0))
+    )
+    hidden = model.eval().model(input_ids=ids, attention_mask=mask, seq_idx=documents_of).last_hidden_state[mask == 1]
+    alone = torch.cat([model.model(input_ids=text[None]).last_hidden_state[0] for text in texts])
+    torch.testing.assert_close(hidden, alone, rtol=1e-5, atol=1e-5)
+    if side != "middle":  # there padding stands between a token and its target
+        batch = {"input_ids": ids, "attention_mask": mask, "seq_idx": documents_of, "labels": ids}
+        assert_trains_as_apart(model.train(), {**batch, "labels": ids.masked_fill(mask == 0, IGNORED)}, expected)
+
+
+@pytest.mark.parametrize("columns", [1, 4])
+def test_documents_that_may_go_on_from_a_cache(columns):
+    model = build(tiny_config(), seed=3)
+    text = torch.cat(documents())[None]
+    cache = model(text[:, :5], use_cache=True, seq_idx=torch.zeros(1, 5, dtype=torch.int32)).past_key_values
+    for given in (
+        {"seq_idx": torch.zeros(1, columns, dtype=torch.int32)}, {"cu_seq_lens_q": torch.tensor([0, columns])}
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=r"goes on with the 5 that the cache has seen: give position_ids"):
+            model(text[:, 5 : 5 + columns], past_key_values=cache, **given)
+    assert cache.get_seq_length() == 5
+    got = model(text[:, 5 : 5 + columns], past_key_values=cache).logits
+    torch.testing.assert_close(got, model(text[:, : 5 + columns]).logits[:, 5:], rtol=1e-5, atol=1e-5)
+
+
 # Transformers 5.23 has a new name for it, which 5.17 does not know.
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
 def test_with_checkpointing():

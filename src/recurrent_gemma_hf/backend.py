@@ -55,14 +55,14 @@ def use_triton(device: torch.device, dtype: torch.dtype) -> bool:
     return refusal is None
 
 
+@torch.compiler.assume_constant_result
 def is_transformed() -> bool:
     """Tell whether a transform of torch.func (grad, vmap, jvp, ...) or forward-mode differentiation is active.
 
     These know plain torch: a custom operator has no tangent for them, and loses the one it is given without a word. So
-    the reference loop and the plain forms of everything else run there, slower and right.
+    the reference loop and the plain forms of everything else run there, slower and right. A program that torch.compile
+    makes is kept for the transforms it was traced under: Dynamo guards on them.
     """
-    if torch.compiler.is_compiling():
-        return False
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 

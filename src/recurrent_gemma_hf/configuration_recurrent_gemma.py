@@ -70,8 +70,8 @@ class RecurrentGemmaConfig(PreTrainedConfig):
     r"""
     Everything that defines a RecurrentGemma, Griffin or Hawk model. The defaults are RecurrentGemma-2B.
 
-    Reads the published 2B and 9B `config.json` files as they are. Unknown keys, impossible values and contradictions
-    raise `ValueError` naming the field.
+    Reads the published 2B and 9B `config.json` files as they are. Impossible values, contradictions and unknown
+    arguments raise `ValueError` naming the field; unknown keys of a file are kept, with a warning.
 
     Args:
         vocab_size (`int`): number of token ids.
@@ -100,6 +100,8 @@ class RecurrentGemmaConfig(PreTrainedConfig):
         final_w_init_variance_scale (`float`, *optional*): variance scale of the initialisation of the layers that
             write to the residual stream, 2 / `num_hidden_layers` by default.
         tie_word_embeddings (`bool`): share the embedding with the language model head.
+        fuse_linear_cross_entropy (`bool`): compute the loss without the logits while training with labels. False: the
+            outputs of training hold them, and the loss is Transformers' own.
 
     Example:
         >>> from recurrent_gemma_hf import RecurrentGemmaConfig
@@ -165,6 +167,7 @@ class RecurrentGemmaConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = 1
     bos_token_id: int | None = 2
     tie_word_embeddings: bool = True
+    fuse_linear_cross_entropy: bool = True
 
     def __post_init__(self, **kwargs: Any) -> None:
         self._read_private_block_types(kwargs)
@@ -243,7 +246,10 @@ class RecurrentGemmaConfig(PreTrainedConfig):
             "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
             "num_key_value_heads", "head_dim", "lru_width", "attention_window_size", "conv1d_width",
         )  # fmt: skip
-        for name in ("embeddings_scale_by_sqrt_dim", "attention_bias", "tie_word_embeddings", "use_cache"):
+        for name in (
+            "embeddings_scale_by_sqrt_dim", "attention_bias", "tie_word_embeddings", "use_cache",
+            "fuse_linear_cross_entropy",
+        ):  # fmt: skip
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be true or false")
         for name, low, high in (

@@ -30,7 +30,7 @@ from torch.nn import functional as F
 
 from .configuration_recurrent_gemma import RecurrentGemmaConfig
 from .cross_entropy import IGNORE_INDEX
-from .inputs import check_positions, document_positions, first_tokens, is_counted
+from .inputs import check_positions, document_positions, first_tokens, is_counted, token_columns
 from .scan import linear_recurrence
 
 _SEGMENT = 4096  # tokens whose decays are held at once in the backward pass
@@ -75,13 +75,14 @@ def shard_sequence(batch: Mapping[str, Any], group: dist.ProcessGroup | DeviceMe
             f"(pad_to_multiple_of={ranks}), with labels of {IGNORE_INDEX}"
         )
     mask, labels = batch.get("attention_mask"), batch.get("labels")
-    positions = document_positions(batch.get("position_ids"), dict(batch), B, T)
     _check_mask(mask, (B, T))
+    is_token = token_columns(mask, T)
+    positions = document_positions(batch.get("position_ids"), dict(batch), is_token, (B, T))
     _check_same_batch(tokens, labels, group)
     shard = SequenceShard(group, rank, ranks, rank * (T // ranks), T // ranks)
     whole = {name: batch[name] for name in ("input_ids", "inputs_embeds", "labels") if batch.get(name) is not None}
     if positions is not None:
-        check_positions(positions, None if mask is None else mask.bool(), (B, T))
+        check_positions(positions, is_token, (B, T))
         if not is_counted(
             positions, torch.arange(T, device=positions.device), None
         ):  # else it is one document, and the model counts by itself
@@ -89,7 +90,7 @@ def shard_sequence(batch: Mapping[str, Any], group: dist.ProcessGroup | DeviceMe
     if labels is not None:
         if labels.shape != (B, T):
             raise ValueError(f"labels of shape {tuple(labels.shape)} must be one per token, ({B}, {T})")
-        targets = labels.masked_fill(first_tokens(labels, mask, positions), IGNORE_INDEX)
+        targets = labels.masked_fill(first_tokens(labels, is_token, positions), IGNORE_INDEX)
         whole["shift_labels"] = F.pad(targets[:, 1:], (0, 1), value=IGNORE_INDEX)
     sharded: dict[str, Any] = {
         name: tensor.narrow(1, shard.offset, shard.length).contiguous() for name, tensor in whole.items()

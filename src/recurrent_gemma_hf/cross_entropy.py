@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .backend import is_transformed
+
 IGNORE_INDEX = -100
 
 # Elements of one block of logits: 0.5 GB in float32, of which two or three exist at a time. At V = 256,000 a block has
@@ -39,7 +41,8 @@ def linear_cross_entropy(
     """Cross entropy of each token, (N,) in float32, from `soft_cap * tanh(x weight^T / soft_cap)` (0: no cap).
 
     Equals `F.cross_entropy(logits.float(), labels, reduction="none")` in value and gradient, soft cap and softmax in
-    float32 also where the plain model rounds the capped logits to bfloat16. Differentiable once in x and weight.
+    float32 also where the plain model rounds the capped logits to bfloat16. Differentiable once in x and weight;
+    under a transform of torch.func, which takes the plain way, as often as one likes.
     Inside torch.autocast it computes in the autocast dtype, as `F.linear` would.
 
     Args:
@@ -65,11 +68,24 @@ def linear_cross_entropy(
     if can_autocast and torch.is_autocast_enabled(device) and x_NE.dtype != torch.float64:
         dtype = torch.get_autocast_dtype(device)
         x_NE, weight_VE = x_NE.to(dtype), weight_VE.to(dtype)
-    want_gradient = torch.is_grad_enabled() and x_NE.requires_grad
     labels_N = labels_N.to(x_NE.device)
-    return _token_losses(
-        x_NE, weight_VE, labels_N, float(soft_cap), float(label_smoothing), ignore_index, want_gradient
-    )[0]
+    how: dict[str, Any] = dict(
+        soft_cap=float(soft_cap), label_smoothing=float(label_smoothing), ignore_index=ignore_index
+    )
+    if is_transformed():
+        return _plain_losses(F.linear(x_NE, weight_VE), labels_N, **how)
+    want_gradient = torch.is_grad_enabled() and x_NE.requires_grad
+    return _token_losses(x_NE, weight_VE, labels_N, **how, want_gradient=want_gradient)[0]
+
+
+def _plain_losses(
+    logits: Tensor, labels_R: Tensor, soft_cap: float, label_smoothing: float, ignore_index: int
+) -> Tensor:
+    """Return the losses (R,) of all their logits (R, V), in float32 or float64."""
+    logits = soft_capped(logits.to(torch.promote_types(logits.dtype, torch.float32)), soft_cap)
+    return F.cross_entropy(
+        logits, labels_R, reduction="none", ignore_index=ignore_index, label_smoothing=label_smoothing
+    )
 
 
 def check_labels(labels: Tensor, vocab_size: int, ignore_index: int = IGNORE_INDEX) -> None:
@@ -234,13 +250,11 @@ def chunked_cross_entropy(
     again in the backward pass."""
 
     def losses(x_RE: Tensor, labels_R: Tensor) -> Tensor:
-        logits = head(x_RE)
-        logits = soft_capped(logits.to(torch.promote_types(logits.dtype, torch.float32)), soft_cap)
-        return F.cross_entropy(
-            logits, labels_R, reduction="none", ignore_index=ignore_index, label_smoothing=label_smoothing
-        )
+        return _plain_losses(head(x_RE), labels_R, soft_cap, label_smoothing, ignore_index)
 
     labels_N = labels_N.to(x_NE.device)
+    if is_transformed():  # transforms do not know checkpoints
+        return losses(x_NE, labels_N)
     if labels_N.device.type == "cpu" and not torch.compiler.is_compiling():
         check_labels(labels_N, vocab_size, ignore_index)
     size = max(1, BLOCK_ELEMENTS // vocab_size)

@@ -31,8 +31,8 @@ class InputMask(NamedTuple):
             seen = cache.get_seq_length()
         if attention_mask is None:
             return InputMask(None, None, seen)
-        if isinstance(attention_mask, dict):  # what create_masks_for_generate made
-            return InputMask(attention_mask["is_token"], None, seen)
+        if isinstance(attention_mask, dict):
+            return InputMask(token_columns(attention_mask, T), None, seen)
         if attention_mask.ndim == 4:
             return InputMask(None, attention_mask, seen)
         fits = attention_mask.ndim == 2 and attention_mask.shape[0] == B
@@ -42,7 +42,16 @@ class InputMask(NamedTuple):
                 f"attention_mask of shape {tuple(attention_mask.shape)} must be (batch, columns so far + new ones) = "
                 f"({B}, {seen} + {T}), or 4D"
             )
-        return InputMask(attention_mask[:, -T:].bool(), None, seen)
+        return InputMask(token_columns(attention_mask, T), None, seen)
+
+
+def token_columns(attention_mask: Any, T: int) -> torch.Tensor | None:
+    """Return (B, T) bool, True at the tokens of this forward; None for a mask that does not tell padding."""
+    if isinstance(attention_mask, dict):  # what create_masks_for_generate made
+        return attention_mask["is_token"]
+    if attention_mask is None or attention_mask.ndim != 2:
+        return None
+    return attention_mask[:, -T:].bool()
 
 
 class Columns(NamedTuple):
@@ -101,13 +110,30 @@ def _is_gap(is_token_BT: torch.Tensor, start: torch.Tensor | int) -> torch.Tenso
 
 
 def document_positions(
-    position_ids: torch.Tensor | None, kwargs: dict[str, Any], B: int, T: int
+    position_ids: torch.Tensor | None,
+    kwargs: dict[str, Any],
+    is_token: torch.Tensor | None,
+    shape: tuple[int, int],
+    cache: RecurrentGemmaCache | None = None,
 ) -> torch.Tensor | None:
-    """position_ids, or what the other descriptions of packed documents say about them: `cu_seq_lens_q` (documents +
-    1,), where each document begins and the last ends, or `seq_idx` (B, T), the number of each token's document."""
+    """Return position_ids, or the positions (B, T) that the other descriptions of packed documents imply:
+    `cu_seq_lens_q` (documents + 1,), where each document begins and the last ends, or `seq_idx` (B, T), the number of
+    each token's document. Padding is not counted.
+
+    Raises:
+        ValueError: for a description that does not fit `shape`, (B, T), or comes after earlier tokens: it does not say
+            whether the first document of this forward goes on with the last one in `cache`.
+    """
     ends, documents = kwargs.get("cu_seq_lens_q"), kwargs.get("seq_idx")
     if position_ids is not None or (ends is None and documents is None):
         return position_ids
+    B, T = shape
+    if cache is not None and (seen := cache.get_seq_length()) > 0:
+        raise ValueError(
+            f"{'cu_seq_lens_q' if documents is None else 'seq_idx'} says where documents begin in these {T} columns, "
+            f"but not which of them goes on with the {seen} that the cache has seen: give position_ids, 0 at the "
+            "first token of each new document"
+        )
     if documents is None:
         if B != 1 or ends.ndim != 1:
             raise ValueError(
@@ -120,8 +146,14 @@ def document_positions(
     if documents.shape != (B, T):
         raise ValueError(f"seq_idx of shape {tuple(documents.shape)} must be ({B}, {T})")
     columns = torch.arange(T, device=documents.device).expand(B, T)
-    begins = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True)
-    return columns - torch.where(begins, columns, 0).cummax(1).values
+    if is_token is None:
+        is_token = torch.ones_like(columns, dtype=torch.bool)
+    is_token = is_token.to(documents.device)
+    last_token = torch.where(is_token, columns, -1).cummax(1).values
+    before = F.pad(last_token[:, :-1], (1, 0), value=-1)
+    begins = is_token & ((before < 0) | (documents != documents.gather(1, before.clamp(min=0))))
+    token_index = (is_token.cumsum(1) - 1).clamp(min=0)
+    return token_index - torch.where(begins, token_index, 0).cummax(1).values
 
 
 def can_read_back(x: torch.Tensor) -> bool:
@@ -192,15 +224,16 @@ def is_counted(position_BT: torch.Tensor, token_index_BT: torch.Tensor, is_token
     return bool((is_same if is_token_BT is None else is_same | ~is_token_BT).all())
 
 
-def first_tokens(like_BT: torch.Tensor, attention_mask: Any, position_ids: torch.Tensor | None) -> torch.Tensor:
-    """(B, T) bool: tokens that only padding or another document stands before. They are nobody's next token: so a
-    padded row has the loss of the row alone, and packed documents that of each by itself."""
+def first_tokens(
+    like_BT: torch.Tensor, is_token: torch.Tensor | None, position_ids: torch.Tensor | None
+) -> torch.Tensor:
+    """Return (B, T) bool, True at the first token of each document: it has no context to be predicted from, so it is
+    no target of the loss, and a padded or packed batch has the loss of its documents run separately."""
     first = torch.zeros_like(like_BT, dtype=torch.bool)
     if position_ids is not None:
         first |= position_ids.to(first.device) == 0
-    if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
-        is_token = attention_mask[:, -first.shape[1] :].to(first.device).bool()
-        first[:, 1:] |= ~is_token[:, :-1]
+    if is_token is not None:
+        first[:, 1:] |= ~is_token.to(first.device)[:, :-1]
     return first
 
 

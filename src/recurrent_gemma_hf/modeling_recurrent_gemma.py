@@ -34,7 +34,7 @@ from .attention import (
     rotate,
     with_backend_mask,
 )
-from .backend import use_triton
+from .backend import is_transformed, use_triton
 from .cache_recurrent_gemma import RecurrentGemmaCache
 from .causal_conv1d import causal_conv1d
 from .configuration_recurrent_gemma import RecurrentGemmaConfig
@@ -53,6 +53,7 @@ from .inputs import (
     reorder_attention,
     select_columns,
     selected,
+    token_columns,
 )
 from .rg_lru import RgLruParameters, rg_lru, rg_lru_step
 from .scan import linear_recurrence
@@ -62,6 +63,7 @@ from .transformers_compat import (
     ALL_ATTENTION_FUNCTIONS,
     ForCausalLMLoss,
     RecurrentGemmaCausalLMOutput,
+    RecurrentGemmaLossOutput,
     RecurrentGemmaModelOutput,
     can_return_tuple,
     one_cache,
@@ -514,7 +516,6 @@ class RecurrentGemmaModel(RecurrentGemmaPreTrainedModel):
         """
         x = self._embed(input_ids, inputs_embeds)
         B, T = x.shape[:2]
-        position_ids = document_positions(position_ids, kwargs, B, T)
         cache = one_cache(cache, past_key_values)
         cache = self._cache(cache, bool(use_cache) if sequence_shard is not None else use_cache)
         if output_hidden_states is None:
@@ -528,6 +529,7 @@ class RecurrentGemmaModel(RecurrentGemmaPreTrainedModel):
             output_attentions = False
         # Everything that can be wrong is found before the cache moves on.
         mask = InputMask.read(attention_mask, cache, B, T)
+        position_ids = document_positions(position_ids, kwargs, mask.is_token, (B, T), cache)
         if sequence_shard is not None:
             sequence_shard.check(self.config, T, attention_mask, cache, output_attentions)
             mask = mask._replace(seen=sequence_shard.offset)
@@ -594,8 +596,9 @@ class RecurrentGemmaModel(RecurrentGemmaPreTrainedModel):
             return None
         if cache is not None:
             return RecurrentGemmaCache.adopt(cache, self.config)
-        wanted = self.config.use_cache and not self.training if use_cache is None else use_cache
-        return RecurrentGemmaCache(self.config) if wanted else None
+        if use_cache is None:  # what a transform of torch.func writes into a cache is dead outside of it
+            use_cache = self.config.use_cache and not self.training and not is_transformed()
+        return RecurrentGemmaCache(self.config) if use_cache else None
 
     def _layer_inputs(
         self,
@@ -674,7 +677,7 @@ class RecurrentGemmaForCausalLM(RecurrentGemmaPreTrainedModel, RecurrentGemmaGen
         logits_to_keep: int | torch.Tensor = 0,
         past_key_values: Cache | None = None,
         **kwargs: Any,
-    ) -> RecurrentGemmaCausalLMOutput:
+    ) -> RecurrentGemmaCausalLMOutput | RecurrentGemmaLossOutput:
         """As `RecurrentGemmaModel.forward`, and:
 
         Args:
@@ -686,8 +689,8 @@ class RecurrentGemmaForCausalLM(RecurrentGemmaPreTrainedModel, RecurrentGemmaGen
 
         Returns:
             loss (mean over the targets) where labels are given, logits (B, n, V), the cache. While training with
-            labels the logits are None unless logits_to_keep asks for some: the loss is computed without them
-            (`linear_cross_entropy`). A `loss_function` of your own, set on the model, gets all logits.
+            labels there are no logits: the loss is computed without them (`linear_cross_entropy`), unless
+            `logits_to_keep` asks for some, config.fuse_linear_cross_entropy is False, or `loss_function` is your own.
 
         Raises:
             ValueError: for labels that are no token ids, and all that the model refuses.
@@ -705,30 +708,35 @@ class RecurrentGemmaForCausalLM(RecurrentGemmaPreTrainedModel, RecurrentGemmaGen
         if labels is not None:
             labels, kwargs = self._targets(labels, attention_mask, position_ids, kwargs)
         wants_some = not isinstance(logits_to_keep, int) or logits_to_keep != 0
-        if labels is not None and self._can_do_without_logits(wants_some, kwargs):
+        skips_logits = labels is not None and self.training and self.config.fuse_linear_cross_entropy and not wants_some
+        # Transformers' own loss needs the logits of every position, and does not smooth.
+        needs_fused = skips_logits or wants_some or bool(kwargs.get("label_smoothing"))
+        if labels is not None and needs_fused and self.loss_function is ForCausalLMLoss:
             is_weight = type(self.lm_head) is RecurrentGemmaLMHead and self.lm_head.bias is None
             is_weight = is_weight and self.tp_size in (None, 1)  # else only the head knows its logits
             loss = next_token_loss(
                 self.lm_head, x, labels, self.config.vocab_size, is_weight, self.config.logits_soft_cap, **kwargs
             )
         logits = None
-        if loss is None or wants_some or not self.training:
+        if loss is None or not skips_logits:
             logits = soft_capped(self.lm_head(select_columns(x, logits_to_keep)), self.config.logits_soft_cap)
         if labels is not None and loss is None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         if loss is not None and kwargs.get("sequence_shard") is not None:
             loss = kwargs["sequence_shard"].total(loss)
-        return RecurrentGemmaCausalLMOutput(
-            loss=loss, logits=logits,
-            hidden_states=outputs.hidden_states, attentions=outputs.attentions, cache=outputs.cache,
-        )  # fmt: skip
+        rest = {"hidden_states": outputs.hidden_states, "attentions": outputs.attentions, "cache": outputs.cache}
+        if logits is None:
+            return RecurrentGemmaLossOutput(loss=loss, **rest)
+        return RecurrentGemmaCausalLMOutput(loss=loss, logits=logits, **rest)
 
     def _targets(
         self, labels_BT: torch.Tensor, attention_mask: Any, position_ids: torch.Tensor | None, kwargs: dict[str, Any]
     ) -> tuple[torch.Tensor, dict[str, Any]]:
         """labels and `shift_labels`, checked and without the first tokens of documents."""
-        positions = document_positions(position_ids, kwargs, *labels_BT.shape)
-        first_BT = first_tokens(labels_BT, attention_mask, positions)
+        B, T = labels_BT.shape
+        is_token = token_columns(attention_mask, T)
+        positions = document_positions(position_ids, kwargs, is_token, (B, T))
+        first_BT = first_tokens(labels_BT, is_token, positions)
         ignore_index, shifted = kwargs.get("ignore_index", IGNORE_INDEX), kwargs.get("shift_labels")
         if may_look_at(labels_BT):
             check_labels(labels_BT if shifted is None else shifted, self.config.vocab_size, ignore_index)
@@ -737,14 +745,5 @@ class RecurrentGemmaForCausalLM(RecurrentGemmaPreTrainedModel, RecurrentGemmaGen
             kwargs = {**kwargs, "shift_labels": shifted.masked_fill(next_is_first, ignore_index)}
         return labels_BT.masked_fill(first_BT, ignore_index), kwargs
 
-    def _can_do_without_logits(self, wants_some: bool, kwargs: dict[str, Any]) -> bool:
-        """In training; and wherever Transformers' own loss of all logits is not what is asked for."""
-        is_special = wants_some or bool(kwargs.get("label_smoothing"))
-        return (self.training or is_special) and self.loss_function is ForCausalLMLoss
 
-
-__all__ = [
-    "RecurrentGemmaForCausalLM",
-    "RecurrentGemmaModel",
-    "RecurrentGemmaPreTrainedModel",
-]
+__all__ = ["RecurrentGemmaForCausalLM", "RecurrentGemmaModel", "RecurrentGemmaPreTrainedModel"]

@@ -24,6 +24,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
+    ModelOutput,
     QuestionAnsweringModelOutput,
     SequenceClassifierOutputWithPast,
     TokenClassifierOutput,
@@ -166,6 +167,35 @@ class RecurrentGemmaCausalLMOutput(_BothCacheNames, CausalLMOutputWithPast):
     """CausalLMOutputWithPast whose cache answers to both names."""
 
 
+_LossFields = dataclasses.make_dataclass(
+    "_LossFields",
+    [(name, Any, None) for name in ("loss", CACHE_NAME, "hidden_states", "attentions")],
+    bases=(ModelOutput,),
+)
+
+
+@dataclasses.dataclass(init=False)
+class RecurrentGemmaLossOutput(_BothCacheNames, _LossFields):  # type: ignore[misc, valid-type]
+    """What CausalLMOutputWithPast has, but for the logits: asking for them is an error that says how to get them."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "logits":
+            raise AttributeError(_NO_LOGITS)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def __getitem__(self, key: Any) -> Any:
+        if key == "logits":
+            raise KeyError(_NO_LOGITS)
+        return super().__getitem__(key)
+
+
+_NO_LOGITS = (
+    "while training with labels the loss is computed without the logits, which at 256,000 words take most of the "
+    "memory; to have them, set model.config.fuse_linear_cross_entropy = False or load with "
+    "from_pretrained(..., fuse_linear_cross_entropy=False)"
+)
+
+
 @dataclasses.dataclass(init=False)
 class RecurrentGemmaSequenceClassifierOutput(_BothCacheNames, SequenceClassifierOutputWithPast):
     """SequenceClassifierOutputWithPast whose cache answers to both names."""
@@ -232,6 +262,7 @@ __all__ = [
     "LinearAttentionCacheLayerMixin",
     "QuestionAnsweringModelOutput",
     "RecurrentGemmaCausalLMOutput",
+    "RecurrentGemmaLossOutput",
     "RecurrentGemmaModelOutput",
     "RecurrentGemmaSequenceClassifierOutput",
     "TensorParallelLayer",

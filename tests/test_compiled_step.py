@@ -84,3 +84,16 @@ def test_columns_counted_by_a_compiled_step_are_not_lost(tmp_path):
         compiled(ids, past_key_values=loaded)
         loaded.reset()
         assert loaded.get_seq_length() == 0
+
+
+def test_a_cache_made_inside_the_program():
+    """torch.compile(model, fullgraph=True)(ids), where the config turns the cache on."""
+    model = RecurrentGemmaForCausalLM(byte_config()).eval()
+    prompt, ids = torch.randint(2, 265, (2, 12)), torch.randint(2, 265, (2, 1))
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        actual, expected = compiled(prompt), model(prompt)
+        torch.testing.assert_close(actual.logits, expected.logits, rtol=1e-4, atol=1e-5)
+        assert actual.past_key_values.get_seq_length() == 12
+        actual, expected = (model(ids, past_key_values=x.past_key_values).logits for x in (actual, expected))
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import Cache, CacheLayerMixin, EncoderDecoderCache, StaticCache
 
-from .configuration_recurrent_gemma import RecurrentGemmaConfig
+from .configuration_recurrent_gemma import RecurrentGemmaConfig, fingerprint_of
 from .transformers_compat import LinearAttentionCacheLayerMixin
 
 FORMAT = "recurrent_gemma_cache_v1"
@@ -424,7 +424,7 @@ class RecurrentGemmaCache(Cache):
             for block in config.layers_block_type
         ]
         super().__init__(layers=layers)
-        self._fingerprint = config.fingerprint()
+        self._made_for = config.cache_fields()  # compared instead of a hash, which torch.compile cannot trace
 
     @classmethod
     def adopt(cls, cache: Cache, config: RecurrentGemmaConfig) -> RecurrentGemmaCache:
@@ -458,10 +458,15 @@ class RecurrentGemmaCache(Cache):
 
     def check(self, config: RecurrentGemmaConfig, batch_size: int) -> None:
         """Raise ValueError unless this cache can go on with `batch_size` rows of a model like `config`."""
-        if config is not self.config and config.fingerprint() != self._fingerprint:
+        if config is not self.config and config.cache_fields() != self._made_for:
+            differing = ", ".join(
+                f"{name}={value!r} instead of {self._made_for[name]!r}"
+                for name, value in config.cache_fields().items()
+                if value != self._made_for[name]
+            )
             raise ValueError(
-                f"this cache was made for another config (fingerprint {self._fingerprint[:12]}, the model has "
-                f"{config.fingerprint()[:12]}); make one with RecurrentGemmaCache(model.config)"
+                f"this cache was made for another config (the model has {differing}); make one with "
+                "RecurrentGemmaCache(model.config)"
             )
         if self.batch_size not in (-1, batch_size):
             raise ValueError(
@@ -666,7 +671,8 @@ class RecurrentGemmaCache(Cache):
             for name, tensor in layer.tensors().items()
         }
         tensors["lengths"] = self.progress.lengths.cpu()
-        metadata = {"format": FORMAT, "fingerprint": self._fingerprint, "columns": str(self.progress.columns)}
+        fingerprint = fingerprint_of(self._made_for)
+        metadata = {"format": FORMAT, "fingerprint": fingerprint, "columns": str(self.progress.columns)}
         target = Path(path)
         temporary = target.with_name(f".{target.name}.{os.getpid()}.{threading.get_ident()}.tmp")
         try:
@@ -689,10 +695,10 @@ class RecurrentGemmaCache(Cache):
             raise ValueError(f"{path} is not a complete safetensors file ({error}); save the cache again") from error
         if metadata.get("format") != FORMAT:
             raise ValueError(f"{path} was not written by RecurrentGemmaCache.save (format {metadata.get('format')!r})")
-        if metadata["fingerprint"] != cache._fingerprint:
+        if metadata["fingerprint"] != config.fingerprint():
             raise ValueError(
                 f"{path} belongs to another config (fingerprint {metadata['fingerprint'][:12]}, this model has "
-                f"{cache._fingerprint[:12]}); load it with the model that wrote it"
+                f"{config.fingerprint()[:12]}); load it with the model that wrote it"
             )
         cache._restore(tensors, int(metadata["columns"]), path)
         return cache

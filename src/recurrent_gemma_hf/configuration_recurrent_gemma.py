@@ -58,7 +58,7 @@ _BOOKKEEPING_KEYS = frozenset(
 _READ_BY_HAND = {"layer_types", "layers_block_type", "rope_parameters", "rope_scaling"}
 
 # The fields that decide the shape of a cache and the meaning of its content.
-_FINGERPRINT_FIELDS = (
+_CACHE_FIELDS = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "head_dim", "lru_width", "attention_window_size", "conv1d_width",
     "embeddings_scale_by_sqrt_dim", "rope_theta", "partial_rotary_factor", "rms_norm_eps", "hidden_activation",
@@ -407,10 +407,18 @@ class RecurrentGemmaConfig(PreTrainedConfig):
         """How many leading dimensions of a head are rotated."""
         return int(self.head_dim * self.partial_rotary_factor)
 
+    def cache_fields(self) -> dict[str, Any]:
+        """Return the fields that give a cache its shape and meaning."""
+        return {name: getattr(self, name) for name in _CACHE_FIELDS}
+
     def fingerprint(self) -> str:
-        """SHA-256 over the fields that give a cache its shape and meaning; stored in saved caches."""
-        fields = {name: getattr(self, name) for name in _FINGERPRINT_FIELDS}
-        return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+        """Return the SHA-256 of `cache_fields`, which saved caches hold."""
+        return fingerprint_of(self.cache_fields())
 
 
-__all__ = ["BLOCK_TYPES", "PRESETS", "RecurrentGemmaConfig"]
+def fingerprint_of(fields: dict[str, Any]) -> str:
+    """Return the SHA-256 of what `RecurrentGemmaConfig.cache_fields` returned."""
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
+__all__ = ["BLOCK_TYPES", "PRESETS", "RecurrentGemmaConfig", "fingerprint_of"]

@@ -265,7 +265,9 @@ def test_crop_restores_every_state_of_one_long_forward(variant: str):
         cache = RecurrentGemmaCache(model.config, max_rollback=limit)
         cache.activate_past_recording()
         forward(model, cache, ids, None, 0, T)
-        cache.crop(-removed)
+        cache.crop(torch.tensor(-removed))  # a tensor, as assisted decoding gives it
+        assert cache.get_seq_length() == T - removed
+        assert type(cache.get_seq_length()) is int
         fresh = RecurrentGemmaCache(model.config)
         forward(model, fresh, ids, None, 0, T - removed)
         for name, state in tensors_of(cache).items():

@@ -592,7 +592,8 @@ class RecurrentGemmaCache(Cache):
 
         Raises ValueError for more than was recorded since the last `crop`.
         """
-        count, progress = -tokens_to_remove, self.progress
+        # Assisted decoding gives a tensor: counted with it, `columns` would change with every later addition in place.
+        count, progress = -int(tokens_to_remove), self.progress
         if count < 0:
             raise ValueError(f"crop({tokens_to_remove}): give the number of tokens to remove as a negative number")
         if count > progress.recorded:

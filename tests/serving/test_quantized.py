@@ -1,6 +1,7 @@
 """Quantized weights through vLLM's own loaders."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -31,9 +32,14 @@ INT8 = {
 
 
 @pytest.fixture(scope="module")
-def quantized(demo: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Oracle]:
-    """The demo with its projections in 8 bits, and our model with the same rounded weights."""
-    weights = load_file(Path(demo) / "model.safetensors")
+def quantized(tiny: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Oracle]:
+    """A model with its projections in 8 bits, and ours with the same rounded weights.
+
+    All of them, also q, k and v as vLLM merges them, have a multiple of 32 outputs: on processors with AMX, vLLM 0.32
+    chooses a kernel for multiples of 16 that then refuses those that are not multiples of 32, as the demo's 240.
+    """
+    source = tiny(num_attention_heads=4)
+    weights = load_file(source / "model.safetensors")
     stored, rounded = {}, {}
     for name, weight in weights.items():
         if name.split(".")[-2] in PROJECTIONS and name.endswith("weight"):
@@ -45,9 +51,9 @@ def quantized(demo: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
             stored[name] = rounded[name] = weight
     folder = tmp_path_factory.mktemp("int8")
     save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((Path(demo) / "config.json").read_text())
+    config = json.loads((source / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "quantization_config": INT8}))
-    model = RecurrentGemmaForCausalLM.from_pretrained(demo, dtype=torch.float32)
+    model = RecurrentGemmaForCausalLM.from_pretrained(source, dtype=torch.float32)
     model.load_state_dict({name: tensor.float() for name, tensor in rounded.items()}, strict=False)
     return folder, Oracle(model)
 
@@ -57,13 +63,13 @@ def test_int8_weights_and_activations(quantized: tuple[Path, Oracle]):
     folder, oracle = quantized
     with engine(folder, dtype="bfloat16") as llm:
         outputs = llm.generate(
-            [{"prompt_token_ids": ids} for ids in prompts(4, (20, 200), vocab_size=1024)],
+            [{"prompt_token_ids": ids} for ids in prompts(4, (20, 200), vocab_size=160)],
             greedy(TOKENS),
             use_tqdm=False,
         )
     for output in outputs:
         answer = list(output.outputs[0].token_ids)
-        found = torch.tensor([[step[t].logprob for t in range(1024)] for step in output.outputs[0].logprobs])
+        found = torch.tensor([[step[t].logprob for t in range(160)] for step in output.outputs[0].logprobs])
         expected = oracle.logprobs(list(output.prompt_token_ids), answer)
         divergence = (expected.exp() * (expected - found)).sum(-1)
-        assert divergence.max() < 0.02, divergence
+        assert divergence.max() < 0.005, divergence

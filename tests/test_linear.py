@@ -21,7 +21,9 @@ def layer_and_input(dtype: torch.dtype, shape: tuple[int, ...], *, bias: bool = 
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("shape", [(80,), (1, 80), (1, 1, 80), (3, 1, 80), (2, 9, 80), (1, FEW_ROWS, 80), (2, 300, 80)])
+@pytest.mark.parametrize(
+    "shape", [(80,), (1, 80), (1, 1, 1600), (3, 1, 80), (2, 9, 80), (1, FEW_ROWS, 80), (3, 99, 80)]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_equals_the_product_in_float64(dtype: torch.dtype, shape: tuple[int, ...], bias: bool):
     layer, x = layer_and_input(dtype, shape, bias=bias)

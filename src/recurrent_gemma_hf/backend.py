@@ -45,7 +45,7 @@ def use_triton(device: torch.device, dtype: torch.dtype) -> bool:
     Raises:
         ValueError: `set_backend` asked for "triton", which cannot serve this device or dtype.
     """
-    if _asked_for == "portable" or is_transformed() or (_asked_for == "auto" and device.type == "cpu"):
+    if _asked_for == "portable" or (_asked_for == "auto" and device.type == "cpu") or is_transformed():
         return False
     refusal = triton_refusal(device)
     if refusal is None and dtype not in _TRITON_DTYPES:

@@ -16,10 +16,10 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from .backend import is_transformed
 
-ONEDNN: Any = torch.backends.mkldnn  # Any: its attributes are properties, made at run time
-HAS_ONEDNN = ONEDNN.is_available()
+HAS_ONEDNN = torch.backends.mkldnn.is_available()
 _FORWARD = nn.Linear.forward
 FEW_ROWS = 256  # up to so many rows oneDNN's float32 product is the faster one on a CPU (benchmarks/LOG.md)
+FEW_PRODUCTS = 1 << 17  # fewer multiplications than this cost less than the 12 us that a call of oneDNN takes
 FEW_INT8_ROWS = 16  # up to so many rows int8 weights are better multiplied as they are than converted first
 
 
@@ -37,29 +37,43 @@ class _OneDnnOff:
     def __enter__(self) -> None:
         with self.lock:
             if self.inside == 0:
-                self.was_on = ONEDNN.enabled
-                ONEDNN.enabled = False
+                self.was_on = torch._C._get_mkldnn_enabled()
+                torch._C._set_mkldnn_enabled(False)
             self.inside += 1
 
     def __exit__(self, *exception: object) -> None:
         with self.lock:
             self.inside -= 1
             if self.inside == 0:
-                ONEDNN.enabled = self.was_on
+                torch._C._set_mkldnn_enabled(self.was_on)
 
 
 _onednn_off = _OneDnnOff()
 
 
-def fast_linear(x: torch.Tensor, weight: Any, bias: torch.Tensor | None) -> torch.Tensor | None:
-    """F.linear on a CPU by the kernel that reads the weights fastest; None where torch's own choice is to be taken.
+def linear(layer: Any, x: torch.Tensor) -> torch.Tensor:
+    """Compute layer(x), by `fast_linear` where it can.
 
-    What torch takes by itself leaves half of the memory's bandwidth unused when there are few rows, as in decoding:
-    in float32 MKL (on processors that are not Intel's it runs on one thread), in bfloat16 oneDNN (it repacks the
-    weights), with torchao's int8 weights a conversion of all of them. Measured in benchmarks/LOG.md. Under
-    torch.compile one row is a sum that Inductor makes a loop of its own of: faster than either library's product.
+    The layers are plain nn.Linear, which is what quantizers look for. A layer with hooks, its own or global ones, or
+    with a forward that somebody has replaced, is called.
     """
-    if x.device.type != "cpu" or torch.is_grad_enabled() or type(x) is not torch.Tensor or is_transformed():
+    is_plain = type(layer) is nn.Linear and nn.Linear.forward is _FORWARD and "forward" not in layer.__dict__
+    if is_plain and not (layer._forward_hooks or layer._forward_pre_hooks or _has_any_global_hook()):
+        out = fast_linear(x, layer.weight, layer.bias)
+        if out is not None:
+            return out
+    return layer(x)
+
+
+def fast_linear(x: torch.Tensor, weight: Any, bias: torch.Tensor | None) -> torch.Tensor | None:
+    """Compute F.linear on a CPU by the kernel that reads the weights fastest; return None where F.linear is to do it.
+
+    F.linear uses half of the memory's bandwidth when there are few rows, as in decoding: in float32 it calls MKL, which
+    runs on one thread on processors that are not Intel's; in bfloat16 oneDNN, which repacks the weights; torchao's int8
+    weights are converted first. Measured in benchmarks/LOG.md. Under torch.compile, one row is a sum that Inductor
+    makes a loop of its own of, which is faster than either library's product.
+    """
+    if torch.is_grad_enabled() or not x.is_cpu or type(x) is not torch.Tensor or is_transformed():
         return None
     rows, dtype = x.numel() // x.shape[-1], x.dtype
     if rows > FEW_ROWS or dtype != weight.dtype or torch.is_autocast_enabled("cpu"):
@@ -68,13 +82,16 @@ def fast_linear(x: torch.Tensor, weight: Any, bias: torch.Tensor | None) -> torc
         return None
     if torch.compiler.is_compiling():
         return _row_times_weight(x, weight, bias) if rows == 1 and not torch.compiler.is_exporting() else None
-    # Somebody is watching: a counter of FLOPs, a profiler of functions.
-    if not HAS_ONEDNN or torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
+    # Somebody is watching: a counter of FLOPs, a profiler of functions, torch.jit.trace.
+    is_watched = torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack() or torch._C._is_tracing()
+    if is_watched or not HAS_ONEDNN:
         return None
     if type(weight) is not nn.Parameter:
         is_for_kernel = dtype == torch.bfloat16 and rows <= FEW_INT8_ROWS and x.shape[-1] % 4 == 0
         return _int8_linear(x, weight, bias) if is_for_kernel and _is_int8_by_row(weight) else None
     if dtype == torch.float32:
+        if rows * weight.numel() < FEW_PRODUCTS:
+            return F.linear(x, weight, bias)
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     if dtype == torch.bfloat16 and rows == 1:
         with _onednn_off:
@@ -137,18 +154,6 @@ def _is_int8_by_row(weight: Any) -> bool:
         return False
     by_row = weight.scale.numel() == weight.shape[0]
     return by_row and weight.act_quant_kwargs is None and weight.act_pre_scale is None
-
-
-def linear(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """Compute layer(x), by `fast_linear` where it can. The layers themselves are nn.Linear to the letter, which is what
-    quantizers look for; one with hooks, its own or everybody's, or whose forward somebody has replaced is called."""
-    has_hooks = layer._forward_hooks or layer._forward_pre_hooks or _has_any_global_hook()
-    is_replaced = "forward" in vars(layer) or nn.Linear.forward is not _FORWARD
-    if x.is_cpu and type(layer) is nn.Linear and not has_hooks and not is_replaced:
-        out = fast_linear(x, layer.weight, layer.bias)
-        if out is not None:
-            return out
-    return layer(x)
 
 
 def is_cpu_without_bfloat16(device: torch.device | str) -> bool:

@@ -14,7 +14,6 @@ State lives in the cache alone (RecurrentGemmaCache, which Transformers' own emp
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -171,8 +170,11 @@ class RecurrentGemmaAttention(nn.Module):
         dropout = self.attention_dropout if self.training else 0.0
         implementation = self.config._attn_implementation
         if implementation in LOCAL_IMPLEMENTATIONS:
-            attend = LOCAL_IMPLEMENTATIONS[implementation]
-            out, weights = self._attend(attend, q, k, v, inputs.attention, dropout)
+            attend, mask = LOCAL_IMPLEMENTATIONS[implementation], inputs.attention
+            if mask.in_blocks:
+                out, weights = attend_in_blocks(attend, q, k, v, mask, dropout), None
+            else:
+                out, weights = attend(q, k, v, mask.backend_mask, dropout)
             out = out.transpose(1, 2)
         else:
             out, weights = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention)(
@@ -180,19 +182,6 @@ class RecurrentGemmaAttention(nn.Module):
                 sliding_window=self.config.sliding_window, is_causal=True, **kwargs,
             )  # fmt: skip
         return linear(self.o_proj, out.reshape(*x_BTE.shape[:2], -1)), weights
-
-    @staticmethod
-    def _attend(
-        attend: Callable[..., tuple[torch.Tensor, torch.Tensor | None]],
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        mask: AttentionMask,
-        dropout: float,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        if mask.in_blocks:
-            return attend_in_blocks(attend, q, k, v, mask, dropout), None
-        return attend(q, k, v, mask.backend_mask, dropout)
 
 
 # --- The recurrent block ------------------------------------------------------------------------------------------

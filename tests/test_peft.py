@@ -331,6 +331,21 @@ def test_float16_keeps_the_recurrence_in_float32():
     assert Path(demo_checkpoint()).is_dir()
 
 
+def test_repeated_layers_keep_their_kinds(tmp_path):
+    """peft's layer_replication tells the config how many layers there are, but not of which kind. Text written with
+    the cache equals a forward over everything."""
+    torch.manual_seed(7)
+    config = LoraConfig(r=4, init_lora_weights=False, layer_replication=[[0, 3], [1, 3]], task_type="CAUSAL_LM")
+    model = get_peft_model(base(), config).eval()
+    assert model.config.layers_block_type == ["recurrent", "recurrent", "attention", "recurrent", "attention"]
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(base(), tmp_path).eval()
+    assert_close(logits(again), logits(model))
+    text = again.generate(input_ids=IDS, max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)
+    with torch.no_grad():
+        assert torch.equal(again(text).logits.argmax(-1)[:, -7:-1], text[:, -6:])
+
+
 @pytest.mark.filterwarnings(
     "ignore:Position ids are not supported:UserWarning"
 )  # generate() passes them, peft drops them

@@ -466,8 +466,17 @@ class RecurrentGemmaModel(RecurrentGemmaPreTrainedModel):
         self.gradient_checkpointing = False
         # Rounded to bfloat16 whatever the dtype, as when the published models were trained.
         self.embedding_scale = torch.tensor(config.hidden_size**0.5, dtype=torch.bfloat16, device="cpu").item()
-        self.has_attention = "attention" in config.layers_block_type
         self.post_init()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "layers":  # who repeats or drops layers (PEFT's layer_replication) sets num_hidden_layers alone
+            are_attention = [isinstance(layer.temporal_block, RecurrentGemmaAttention) for layer in value]
+            kinds = ["attention" if is_attention else "recurrent" for is_attention in are_attention]
+            pattern = self.config.block_types
+            if kinds != [pattern[i % len(pattern)] for i in range(len(kinds))]:
+                self.config.block_types = kinds
+            self.has_attention = "attention" in kinds
 
     @can_return_tuple
     def forward(

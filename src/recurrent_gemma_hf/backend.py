@@ -1,4 +1,4 @@
-"""The choice between the Triton kernels and plain torch. It is made here and nowhere else."""
+"""The only place that chooses between the Triton kernels and plain torch."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _asked_for = "auto"
 
 
 def set_backend(name: str) -> None:
-    """Ask for an implementation of the recurrence, its convolution and its gates in this process: "triton", "portable"
-    (plain torch) or "auto" (the default). It reaches the model, context parallelism and serving on vLLM.
+    """Choose the implementation of the recurrence, its convolution and its gates in this process: "triton", "portable"
+    (plain torch) or "auto" (the default). The choice holds for the model, context parallelism and serving on vLLM.
 
-    "auto" takes the Triton kernels on GPUs that Triton compiles for (NVIDIA from compute capability 8.0 on, AMD, Intel)
-    and plain torch everywhere else. Kernels asked for by name that cannot serve a device or a dtype raise ValueError
-    when the model runs. A compiled model keeps what it was compiled with.
+    "auto" takes the Triton kernels on GPUs that Triton compiles for (NVIDIA from compute capability 8.0, AMD, Intel)
+    and plain torch everywhere else. With "triton", a model on a device or with a dtype that the kernels do not support
+    raises ValueError when it runs. A compiled model keeps the backend that it was compiled with.
 
     Raises:
         ValueError: no such backend.
@@ -59,18 +59,18 @@ def use_triton(device: torch.device, dtype: torch.dtype) -> bool:
 def is_transformed() -> bool:
     """Tell whether a transform of torch.func (grad, vmap, jvp, ...) or forward-mode differentiation is active.
 
-    These know plain torch: a custom operator has no tangent for them, and loses the one it is given without a word. So
-    the reference loop and the plain forms of everything else run there, slower and right. A program that torch.compile
-    makes is kept for the transforms it was traced under: Dynamo guards on them.
+    Transforms need plain torch: a custom operator drops the tangent of its inputs without an error. Under a transform
+    the reference loop and the plain forms run instead, slower. The answer is a constant in a compiled program, which
+    Dynamo uses only under the transforms that it was traced under.
     """
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
 @torch.compiler.assume_constant_result
 def triton_refusal(device: torch.device) -> str | None:
-    """Say why Triton kernels cannot run on a device and what to do about it; None if they can.
+    """Return why Triton kernels cannot run on a device, with a remedy; None if they can.
 
-    With TRITON_INTERPRET=1 in the environment they run on a CPU too, very slowly: that is for tests.
+    With TRITON_INTERPRET=1 in the environment they also run on a CPU, very slowly, for tests.
     """
     return _triton_refusal(device)
 
@@ -93,8 +93,8 @@ def _triton_refusal(device: torch.device) -> str | None:
 def plain_gradients(
     plain: Callable[..., Tensor | tuple[Tensor, ...]], inputs: tuple[Tensor | None, ...], grads: tuple[Tensor, ...]
 ) -> tuple[Tensor | None, ...]:
-    """Return the gradients of `inputs` so that they can be differentiated again (`create_graph=True`), by autograd
-    through the plain form of an operation. The operations' own backward passes are faster, and constants to autograd.
+    """Return the gradients of `inputs` by autograd through the plain form of an operation, so that they can be
+    differentiated again (`create_graph=True`). The operations' own backward passes are faster but not differentiable.
     """
     inputs = tuple(x.view_as(x) if x is not None and x.requires_grad else x for x in inputs)
     wanted = [x for x in inputs if x is not None and x.requires_grad]

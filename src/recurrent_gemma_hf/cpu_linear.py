@@ -1,4 +1,4 @@
-"""Linear layers on a CPU: the matrix product that reads the weights fastest, for float32, bfloat16 and int8 weights.
+"""Linear layers on a CPU: the matmul that reads the weights fastest, for float32, bfloat16 and int8 weights.
 
 Shapes: B batch, T tokens, E inputs, N outputs, K inputs of a product.
 """
@@ -18,15 +18,15 @@ from .backend import is_transformed
 
 HAS_ONEDNN = torch.backends.mkldnn.is_available()
 _FORWARD = nn.Linear.forward
-FEW_ROWS = 256  # up to so many rows oneDNN's float32 product is the faster one on a CPU (benchmarks/LOG.md)
-FEW_PRODUCTS = 1 << 17  # fewer multiplications than this cost less than the 12 us that a call of oneDNN takes
-FEW_INT8_ROWS = 16  # up to so many rows int8 weights are better multiplied as they are than converted first
+FEW_ROWS = 256  # oneDNN's float32 matmul is faster than MKL's up to this many rows (benchmarks/LOG.md)
+FEW_PRODUCTS = 1 << 17  # fewer multiplications than this take less than the 12 us that calling oneDNN costs
+FEW_INT8_ROWS = 16  # up to this many rows, multiplying int8 weights directly is faster than converting them
 
 
 class _OneDnnOff:
-    """A context in which torch computes without oneDNN; threads share it, and the last to leave switches back on.
+    """Context in which torch computes without oneDNN. Threads share it; the last to leave restores the setting.
 
-    torch has this switch for the process as a whole: what another thread computes meanwhile is as right, and slower.
+    torch has one such setting per process: other threads compute without oneDNN too, correctly but slower.
     """
 
     def __init__(self) -> None:
@@ -68,21 +68,21 @@ def linear(layer: Any, x: torch.Tensor) -> torch.Tensor:
 def fast_linear(x: torch.Tensor, weight: Any, bias: torch.Tensor | None) -> torch.Tensor | None:
     """Compute F.linear on a CPU by the kernel that reads the weights fastest; return None where F.linear is to do it.
 
-    F.linear uses half of the memory's bandwidth when there are few rows, as in decoding: in float32 it calls MKL, which
-    runs on one thread on processors that are not Intel's; in bfloat16 oneDNN, which repacks the weights; torchao's int8
-    weights are converted first. Measured in benchmarks/LOG.md. Under torch.compile, one row is a sum that Inductor
-    makes a loop of its own of, which is faster than either library's product.
+    For few rows, as in decoding, F.linear uses half of the memory's bandwidth: in float32 it calls MKL, which runs on
+    one thread on processors that are not Intel's; in bfloat16 it calls oneDNN, which repacks the weights; it converts
+    torchao's int8 weights first. Under torch.compile, Inductor's own loop for one row is faster than either library.
+    Measured in benchmarks/LOG.md.
     """
     if torch.is_grad_enabled() or not x.is_cpu or type(x) is not torch.Tensor or is_transformed():
         return None
     rows, dtype = x.numel() // x.shape[-1], x.dtype
     if rows > FEW_ROWS or dtype != weight.dtype or torch.is_autocast_enabled("cpu"):
         return None
-    if x.shape[-1] != weight.shape[-1]:  # F.linear says so
+    if x.shape[-1] != weight.shape[-1]:  # F.linear raises the error
         return None
     if torch.compiler.is_compiling():
         return _row_times_weight(x, weight, bias) if rows == 1 and not torch.compiler.is_exporting() else None
-    # Somebody is watching: a counter of FLOPs, a profiler of functions, torch.jit.trace.
+    # A FLOP counter, a function mode or torch.jit.trace wants to see F.linear.
     is_watched = torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack() or torch._C._is_tracing()
     if is_watched or not HAS_ONEDNN:
         return None
@@ -100,10 +100,10 @@ def fast_linear(x: torch.Tensor, weight: Any, bias: torch.Tensor | None) -> torc
 
 
 def _row_times_weight(x: torch.Tensor, weight: Any, bias: torch.Tensor | None) -> torch.Tensor | None:
-    """The product of one row as Inductor wants it: it calls MKL or oneDNN for anything that is written as a product.
+    """Compute one row's W x as multiply and sum, so that Inductor emits its own loop instead of calling MKL or oneDNN.
 
-    What makes the row (a normalisation) would go into the loop, and be computed again for every row of the weight: the
-    strided views make Inductor store it first. Sums of more than 4096 terms get a slower loop, so long ones are cut.
+    `.contiguous().as_strided()` is a fusion barrier: without it Inductor would recompute what produces x (RMSNorm) for
+    every row of the weight. Sums of more than 4096 terms get a slower loop, so they are cut into pieces.
     """
     if type(weight) is nn.Parameter and weight.dtype in (torch.float32, torch.bfloat16):
         values, scale = weight, None
@@ -127,8 +127,8 @@ def _row_times_weight(x: torch.Tensor, weight: Any, bias: torch.Tensor | None) -
 
 
 def _float32_parts(values_NK: torch.Tensor) -> tuple[list[torch.Tensor], float]:
-    """[values[:, i::n] / unit for i < n] in float32 and the unit, the n values that share 32 bits told apart by shifts:
-    n is 2 for bfloat16, the upper half of a float32, and 4 for int8. Conversions one by one are slower."""
+    """Decode bfloat16 or int8 values to float32, one load per 32-bit word: return the n slices values[:, i::n] / unit,
+    and unit. n is 2 for bfloat16 (the upper half of a float32) and 4 for int8. Converting each value is slower."""
     n = 4 // values_NK.itemsize
     in_words = values_NK.shape[1] % n == 0 and values_NK.is_contiguous() and sys.byteorder == "little"
     if n == 1 or not in_words:
@@ -142,6 +142,7 @@ def _float32_parts(values_NK: torch.Tensor) -> tuple[list[torch.Tensor], float]:
 
 
 def _int8_linear(x: torch.Tensor, weight: Any, bias: torch.Tensor | None) -> torch.Tensor:
+    """Compute F.linear without converting the int8 weight."""
     scale = weight.scale.to(x.dtype).flatten()
     out = torch.ops.aten._weight_int8pack_mm(x.reshape(-1, x.shape[-1]), weight.qdata, scale)
     out = out.view(*x.shape[:-1], -1)
@@ -149,7 +150,7 @@ def _int8_linear(x: torch.Tensor, weight: Any, bias: torch.Tensor | None) -> tor
 
 
 def _is_int8_by_row(weight: Any) -> bool:
-    """Whether these are torchao's int8 weights with one scale per row, and nothing done to the activations."""
+    """Tell whether these are torchao's int8 weights with one scale per row and unquantized activations."""
     if type(weight).__name__ != "Int8Tensor":
         return False
     by_row = weight.scale.numel() == weight.shape[0]

@@ -1,14 +1,14 @@
-"""RecurrentGemma, Griffin and Hawk: layers, model, heads; read from top to bottom.
+"""RecurrentGemma, Griffin and Hawk: layers, model, language-model head; read from top to bottom.
 
 Shapes: B batch, T tokens, E hidden_size, D lru_width, H heads (of attention and of the gates), G key/value heads,
 h head_dim, K keys, W attention_window_size, V vocabulary. Equations are those of the Griffin paper (arXiv 2402.19427).
 
 Two ideas carry the file:
-- A token has an *index* among the tokens of its row; padding has none, is nobody's key and moves no state. Layers see
-  the caller's columns (inputs.py says when they cannot).
-- A document begins at *position* 0. Attention, convolution and recurrence of a token at position p look at most p
-  tokens back, so packed documents never meet.
-State lives in the cache alone (RecurrentGemmaCache, which Transformers' own empty caches become).
+- A token has an *index* among the tokens of its row. Padding has none: no token attends to it and it leaves every state
+  as it was. Layers see the caller's columns (inputs.py names the exception).
+- A document begins at *position* 0. Attention, convolution and recurrence look at most p tokens back from position p,
+  so packed documents never mix.
+State lives only in the cache, a RecurrentGemmaCache; an empty cache of Transformers is converted to one.
 """
 
 from __future__ import annotations
@@ -72,14 +72,13 @@ logger = logging.get_logger(__name__)
 
 
 class LayerInputs(NamedTuple):
-    """What every layer needs to know about one forward; computed once. A tuple, so accelerate can move it."""
+    """What every layer reads about one forward, computed once. A tuple, because accelerate can move those."""
 
     cos_BTr: torch.Tensor  # (B or 1, T, rotary_dim / 2), dtype of the activations
     sin_BTr: torch.Tensor
     reset_BT: torch.Tensor  # (B or 1, T) bool: a document begins
-    # bool, True at padding: states are carried over unchanged; None if no padding can affect a state that is kept
-    is_padding_BT: torch.Tensor | None
-    conv_tap_mask_BTK: torch.Tensor | None  # (B or 1, T, K) 0 or 1: conv taps that stay in the document; None: all do
+    is_padding_BT: torch.Tensor | None  # bool; None if no padding can affect a state that is kept
+    conv_tap_mask_BTK: torch.Tensor | None  # (B or 1, T, K), 1 for conv taps inside the document; None: all are
     attention: AttentionMask | None  # None in a model without attention
     shard: Any = None  # a SequenceShard (context_parallel.py) where the sequence lies on several ranks
 
@@ -97,7 +96,7 @@ class RecurrentGemmaRMSNorm(nn.Module):
 
     def forward(self, x_BTE: torch.Tensor) -> torch.Tensor:
         x = x_BTE if x_BTE.dtype == torch.float64 else x_BTE.float()
-        # By hand: on a CPU F.rms_norm takes nearly twice as long.
+        # Written out, because F.rms_norm takes nearly twice as long on a CPU.
         x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)
         return torch.addcmul(x, x, self.weight.to(x.dtype)).to(x_BTE.dtype)
 
@@ -106,7 +105,7 @@ class RecurrentGemmaRMSNorm(nn.Module):
 
 
 def new_linear(inputs: int, outputs: int, *, bias: bool, variance_scale: float = 1.0) -> nn.Linear:
-    """A linear layer that remembers its official initialisation, std = sqrt(variance_scale / inputs)."""
+    """Make a linear layer that remembers its official initialisation, std = sqrt(variance_scale / inputs)."""
     layer = nn.Linear(inputs, outputs, bias=bias)
     layer.init_std = math.sqrt(variance_scale / inputs)  # type: ignore[assignment]  # read by _init_weights
     return layer
@@ -210,10 +209,10 @@ class RecurrentGemmaRglru(nn.Module):
         return_states: bool = False,
         conv: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """act(y) * RG-LRU(x), the last state and, where wanted, all states: see `rg_lru`.
+        """Return act(y) * RG-LRU(x), the last state and, if `return_states`, all states: see `rg_lru`.
 
-        With `conv`, weight, bias and state of the convolution, x is its input: one token by kernels that update both
-        states in place.
+        With `conv` (weight, bias and state of the convolution), x is one token before the convolution, and kernels
+        update both states in place.
         """
         parameters = RgLruParameters(
             self.recurrent_gate_weight,
@@ -240,13 +239,13 @@ class RecurrentGemmaRglru(nn.Module):
 
 
 class RecurrentGemmaConv1d(nn.Conv1d):
-    """The convolution in front of the RG-LRU. Called without an input it returns its parameters: accelerate's
-    offloading and ZeRO-3 fetch them when the module that owns them is called."""
+    """The convolution in front of the RG-LRU. A call without input returns its parameters, since accelerate's
+    offloading and ZeRO-3 fetch parameters when the module that owns them is called."""
 
     def forward(
         self, input: torch.Tensor | None = None, past: int = 0, conv_tap_mask: torch.Tensor | None = None
     ) -> Any:
-        """See `causal_conv1d`."""
+        """Compute `causal_conv1d`, or return (weight, bias)."""
         if input is None:
             return self.weight.view_as(self.weight), self.bias.view_as(self.bias)
         return causal_conv1d(input, self.weight, self.bias, conv_tap_mask, past=past)
@@ -276,7 +275,7 @@ class RecurrentGemmaRecurrentBlock(nn.Module):
             out, _, _ = self.rg_lru(u, y, inputs, layer.recurrent_states[0], conv=conv)
             layer.has_previous_state[0] = True
         else:
-            if inputs.is_padding_BT is not None and u.shape[1] > 1:  # zeros stand before the first token
+            if inputs.is_padding_BT is not None and u.shape[1] > 1:  # the convolution reads zeros before a document
                 u = u.masked_fill(inputs.is_padding_BT[..., None], 0.0)
             u, past = self._behind_past(u, inputs, cache)
             x = self.conv_1d(u, past, inputs.conv_tap_mask_BTK)
@@ -287,16 +286,16 @@ class RecurrentGemmaRecurrentBlock(nn.Module):
         return linear(self.linear_out, out), None
 
     def _can_step(self, u: torch.Tensor, layer: Any) -> bool:
-        """Whether kernels of one token do all that lies between the linear layers, and update the cache in place."""
+        """Tell whether the one-token kernels do all between the linear layers and update the cache in place."""
         is_step = u.shape[1] == 1 and layer.is_recurrent_states_initialized[0] and not layer.record_past
         is_step = is_step and not torch.is_grad_enabled() and self.conv_1d.kernel_size[0] > 1
-        # In float32 the gates' matmul would run without tensor cores, and spill its registers.
+        # In float32 the kernel's gate matmul has no tensor cores and spills registers.
         is_step = is_step and u.dtype in (torch.bfloat16, torch.float16)
         return is_step and self.rg_lru.is_gelu_tanh and use_triton(u.device, u.dtype)
 
     def _behind_past(self, u: torch.Tensor, inputs: LayerInputs, cache: Cache | None) -> tuple[torch.Tensor, int]:
-        """(B, T or K - 1 + T, D): u behind what came before it, and how many; the cache keeps what comes before the
-        next."""
+        """Return u with the inputs before it in front, (B, T or K - 1 + T, D), and how many those are; the cache keeps
+        the last inputs for the next call."""
         context = self.conv_1d.kernel_size[0] - 1
         if inputs.shard is not None and context:
             (full,) = inputs.shard.with_left(u, size=context, dim=1)
@@ -310,7 +309,7 @@ class RecurrentGemmaRecurrentBlock(nn.Module):
         if layer is None or not layer.is_recurrent_states_initialized[0]:
             return None
         h0 = layer.recurrent_states[0]
-        # The backward pass reads it, after the cache has overwritten its own.
+        # A copy, because the backward pass reads it after the cache has overwritten its own.
         return h0.clone() if torch.is_grad_enabled() else h0
 
 
@@ -327,7 +326,7 @@ class RecurrentGemmaDecoderLayer(GradientCheckpointingLayer):
         self.mlp_block = RecurrentGemmaMLP(config)
 
     def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        # Without gradients there is nothing to checkpoint, and text may be generated with a cache while training.
+        # Without gradients there is nothing to checkpoint; checkpointing would drop the cache that generation needs.
         return (
             super().__call__(*args, **kwargs) if torch.is_grad_enabled() else nn.Module.__call__(self, *args, **kwargs)
         )
@@ -351,8 +350,8 @@ class RecurrentGemmaPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["RecurrentGemmaDecoderLayer"]
     _skip_keys_device_placement = ["cache", "past_key_values"]
-    # Small, and what errors of the recurrence grow from: quantizers leave these alone, and loading in float16 keeps
-    # them in float32. Loaded in bfloat16 they stay as the published checkpoints have them.
+    # Small, and the recurrence amplifies their errors: quantizers skip them, and loading in float16 keeps them in
+    # float32. Loading in bfloat16 leaves them in bfloat16, as the published checkpoints have them.
     _keep_in_fp32_modules = ["rg_lru", "conv_1d", "temporal_pre_norm", "channel_pre_norm", "final_norm"]
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -371,8 +370,8 @@ class RecurrentGemmaPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """The official initialisation. One module, one rule: Transformers visits a module of another package only if
-        it owns parameters, so a block cannot initialise its children."""
+        """Initialise one module as the official code does. A block cannot initialise its children: Transformers calls
+        this on a module of another package only if the module itself owns parameters."""
         if isinstance(module, (nn.Linear, nn.Conv1d)):
             std = getattr(module, "init_std", module.weight.shape[-1] ** -0.5)
             init.normal_(module.weight, mean=0.0, std=std)
@@ -387,22 +386,22 @@ class RecurrentGemmaPreTrainedModel(PreTrainedModel):
                 init.normal_(weight, mean=0.0, std=weight.shape[1] ** -0.5)
             init.zeros_(module.input_gate_bias)
             init.zeros_(module.recurrent_gate_bias)
-            # Lambda such that a = exp(-softplus(Lambda)) is uniform by area in the ring 0.9 to 0.999 (section 2.4).
+            # a = exp(-softplus(Lambda)) is drawn uniformly by area from the ring 0.9 to 0.999 (section 2.4).
             square = torch.empty_like(module.recurrent_param, dtype=torch.float32).uniform_(0.9**2, 0.999**2)
             init.copy_(module.recurrent_param, torch.expm1(-0.5 * square.log()).log())
 
     @classmethod
     def _from_config(cls, config: Any, **kwargs: Any) -> Any:
-        """As in Transformers, also with its own config of this model, as the Auto classes may hand over."""
+        """Do as Transformers, and also take its own config of this model, which the Auto classes may pass."""
         return super()._from_config(RecurrentGemmaConfig.adopt(config), **kwargs)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        """As in Transformers, but strict: missing or unexpected weights of the stack raise ValueError with their names,
-        unless `output_loading_info=True` asks for them.
+        """Load as Transformers does, but raise ValueError with their names for missing or unexpected weights of the
+        stack, unless `output_loading_info=True` asks for them.
 
-        Heads may be missing or left over, whoever they belong to. On a CPU without bfloat16 instructions the default
-        dtype is float32: bfloat16 is emulated there, ten times slower.
+        Heads may be missing or unexpected. On a CPU without bfloat16 instructions the default dtype is float32, because
+        bfloat16 is emulated there, ten times slower.
         """
         want_info = kwargs.pop("output_loading_info", False)
         if isinstance(kwargs.get("config"), PreTrainedConfig):
@@ -424,13 +423,13 @@ class RecurrentGemmaPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def maybe_distribute_model(cls, model: Any, distributed_config: Any, *args: Any, **kwargs: Any) -> Any:
-        """As in Transformers, but what cannot be split over the ranks is refused by name before anything is."""
+        """Do as Transformers, but first raise ValueError for sizes that the ranks cannot split evenly."""
         if distributed_config is not None and (distributed_config.tp_size or 1) > 1:
             check_tensor_parallel(model.config, distributed_config.tp_size)
         return super().maybe_distribute_model(model, distributed_config, *args, **kwargs)
 
     def _leave_slow_bfloat16(self) -> None:
-        """Converts to float32, once loaded, where bfloat16 would be emulated; leaves what is offloaded or quantized."""
+        """Convert the loaded model to float32 where bfloat16 would be emulated, unless it is offloaded or quantized."""
         devices = {parameter.device.type for parameter in self.parameters()}
         is_quantized = getattr(self, "hf_quantizer", None) is not None
         if self.dtype != torch.bfloat16 or devices != {"cpu"} or is_quantized or not is_cpu_without_bfloat16("cpu"):
@@ -444,7 +443,8 @@ class RecurrentGemmaPreTrainedModel(PreTrainedModel):
 
 
 def _refuse_foreign_adapter(model: nn.Module, keys: Any) -> None:
-    """PEFT loads what fits of an adapter and drops the rest in silence; a deeper model's would lose its upper half."""
+    """Raise ValueError for adapter weights that have no place here. PEFT drops them without a word: the adapter of a
+    deeper model would lose its upper half."""
     names = sorted(name for name in keys.unexpected_keys if name.startswith("base_model.model.") and ".lora_" in name)
     if names:
         raise ValueError(
@@ -459,12 +459,12 @@ class RecurrentGemmaModel(RecurrentGemmaPreTrainedModel):
     def __init__(self, config: RecurrentGemmaConfig) -> None:
         super().__init__(config)
         config.validate_architecture()
-        # No padding_idx: the row of the padding token is as good as any other, and is never looked at.
+        # No padding_idx: the padding token's row is an ordinary one, and nothing reads it.
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(RecurrentGemmaDecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.final_norm = RecurrentGemmaRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.gradient_checkpointing = False
-        # Rounded to bfloat16 whatever the dtype, as when the published models were trained.
+        # Rounded to bfloat16 for every dtype, as in the training of the published models.
         self.embedding_scale = torch.tensor(config.hidden_size**0.5, dtype=torch.bfloat16, device="cpu").item()
         self.post_init()
 
@@ -493,7 +493,7 @@ class RecurrentGemmaModel(RecurrentGemmaPreTrainedModel):
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> RecurrentGemmaModelOutput:
-        """Runs the stack.
+        """Run the stack.
 
         Args:
             input_ids: (B, T) int64 token ids.
@@ -502,8 +502,8 @@ class RecurrentGemmaModel(RecurrentGemmaPreTrainedModel):
                 see it).
             position_ids: (B or 1, T) int64 positions in the document; a 0 begins a new document. What
                 DataCollatorWithFlattening gives besides (`cu_seq_lens_q`, `seq_idx`) stands in where they are missing.
-            cache: what came before, a RecurrentGemmaCache; an empty one of Transformers becomes one. Made here if
-                `use_cache` asks for one.
+            cache: RecurrentGemmaCache with what came before; an empty cache of Transformers is converted to one. Made
+                here if `use_cache` asks for one.
             inputs_embeds: (B, T, E) rows of the embedding, instead of ids (the model scales them as it does its own).
             use_cache: config.use_cache by default, and never by default while training.
             sequence_shard: which chunk of a longer sequence this is; made by `context_parallel.shard_sequence`.
@@ -525,7 +525,7 @@ class RecurrentGemmaModel(RecurrentGemmaPreTrainedModel):
                 "attentions will be empty; model.set_attn_implementation('eager') gives them"
             )
             output_attentions = False
-        # Everything that can be wrong is found before the cache moves on.
+        # Every check comes before the cache changes, so that an error leaves it as it was.
         mask = InputMask.read(attention_mask, cache, B, T)
         position_ids = document_positions(position_ids, kwargs, mask.is_token, (B, T), cache)
         if sequence_shard is not None:
@@ -640,8 +640,8 @@ class RecurrentGemmaModel(RecurrentGemmaPreTrainedModel):
 
 
 class RecurrentGemmaLMHead(nn.Linear):
-    """The head: logits of hidden states, or with labels the losses of the tokens, without the logits. Both in its
-    forward, because sharding (FSDP, ZeRO-3) and offloading fetch the weight of a module that is called."""
+    """The head: logits, or with labels the loss of each token without logits. Both are computed in its forward, because
+    sharding (FSDP, ZeRO-3) and offloading fetch the weight of the module that is called."""
 
     def forward(self, input: torch.Tensor, labels: torch.Tensor | None = None, **loss_kwargs: Any) -> torch.Tensor:
         if labels is None:
@@ -676,7 +676,7 @@ class RecurrentGemmaForCausalLM(RecurrentGemmaPreTrainedModel, RecurrentGemmaGen
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> RecurrentGemmaCausalLMOutput | RecurrentGemmaLossOutput:
-        """As `RecurrentGemmaModel.forward`, and:
+        """Run the model as `RecurrentGemmaModel.forward` and compute logits or the loss.
 
         Args:
             labels: (B, T) int64 next-token targets, not shifted (position t is predicted from t - 1), -100 ignored.
@@ -730,7 +730,7 @@ class RecurrentGemmaForCausalLM(RecurrentGemmaPreTrainedModel, RecurrentGemmaGen
     def _targets(
         self, labels_BT: torch.Tensor, attention_mask: Any, position_ids: torch.Tensor | None, kwargs: dict[str, Any]
     ) -> tuple[torch.Tensor, dict[str, Any]]:
-        """labels and `shift_labels`, checked and without the first tokens of documents."""
+        """Check labels and `shift_labels`, and mask the first token of each document in both."""
         B, T = labels_BT.shape
         is_token = token_columns(attention_mask, T)
         positions = document_positions(position_ids, kwargs, is_token, (B, T))

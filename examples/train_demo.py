@@ -259,6 +259,8 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Pat
         eos_token_id=EOS,
         bos_token_id=BOS,
     )
+    # Without it, a copy of the folder that lost tokenizer_config.json would get a GemmaTokenizer and other tokens.
+    model.config.tokenizer_class = "PreTrainedTokenizerFast"
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

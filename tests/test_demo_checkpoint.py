@@ -1,12 +1,13 @@
 """The checkpoint that ships with the package: what it is, that it loads, and that it has learned what its card says."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from transformers import AutoConfig, AutoModelForCausalLM, pipeline
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from recurrent_gemma_hf import RecurrentGemmaForCausalLM, demo_checkpoint
 from tests.helpers import load_file
@@ -78,6 +79,14 @@ def test_tokenizer_round_trips(demo_tokenizer, text):
     ids = demo_tokenizer(text)["input_ids"]
     assert ids[0] == demo_tokenizer.bos_token_id
     assert demo_tokenizer.decode(ids, skip_special_tokens=True) == text
+
+
+def test_without_its_tokenizer_config_the_tokens_stay_the_same(demo_tokenizer, tmp_path):
+    """The config names the tokenizer's class; Transformers would take this model type's, GemmaTokenizer."""
+    for name in ("config.json", "tokenizer.json"):
+        shutil.copy(Path(demo_checkpoint()) / name, tmp_path)
+    text = "First Citizen: before we proceed"
+    assert AutoTokenizer.from_pretrained(tmp_path)(text)["input_ids"] == demo_tokenizer(text)["input_ids"]
 
 
 def test_special_tokens_are_gemmas(demo_tokenizer, model):

@@ -342,6 +342,35 @@ def test_speculation_with_padding_and_with_a_cache_of_transformers(options: dict
         write(model_of(), ids[:1], attention_mask=mask[:1], **options)
 
 
+@pytest.mark.parametrize("variant", ["recurrentgemma", "hawk"])
+def test_the_first_layers_draft(variant: str):
+    """LayerSkip's self-speculation: `assistant_early_exit` layers draft, all layers confirm."""
+    first, last = [0], [0]
+    layers = model_of(variant).model.layers
+    handles = [
+        layer.register_forward_hook(lambda *_, count=count: count.__setitem__(0, count[0] + 1))
+        for layer, count in ((layers[0], first), (layers[-1], last))
+    ]
+    written = write(model_of(variant), prompts()[:1], assistant_early_exit=2)
+    for handle in handles:
+        handle.remove()
+    assert torch.equal(written, greedy_texts(variant)[:1])
+    assert last[0] < first[0]
+
+
+@pytest.mark.parametrize("options", [{"prompt_lookup_num_tokens": 3}, {"assistant_model": "similar"}])
+def test_speculation_behind_pad_tokens_that_are_text(options: dict):
+    """A mask of ones says that they are text. generate() drops such masks, and a draft must not infer padding again."""
+    if "assistant_model" in options:
+        options = {"assistant_model": draft_of("similar", "recurrentgemma", "constant", 5)}
+    ids = prompts()[:1].clone()
+    ids[:, -3:] = 0
+    written = write(model_of(), ids, attention_mask=torch.ones_like(ids), pad_token_id=0, **options)
+    assert torch.equal(written, recompute("recurrentgemma", ids))
+    with pytest.raises(ValueError, match=r"if these pad tokens are text, pass an attention_mask of ones"):
+        write(model_of(), ids, pad_token_id=0, **options)
+
+
 @pytest.mark.parametrize("kind", ["same", "similar", "different"])
 def test_assisted_sampling_of_the_likeliest_token(kind: str):
     """With top_k=1 the accept-or-resample rule of speculative sampling leaves no choice either."""

@@ -81,8 +81,18 @@ class RecurrentGemmaGenerationMixin(GenerationMixin):
         if mask is not None and mask.ndim == 2 and not mask[:, -1].all():
             raise ValueError(
                 "padding on the right does not go with assisted and prompt-lookup decoding: drafts follow the last "
-                "column; leave the padding out, or pad on the left"
+                "column; leave the padding out, or pad on the left; if these pad tokens are text, pass an "
+                "attention_mask of ones"
             )
+
+    def _prepare_attention_mask_for_generation(
+        self, inputs_tensor: torch.Tensor, generation_config: Any, model_kwargs: dict[str, Any]
+    ) -> torch.Tensor:
+        """Infer the mask from pad tokens as Transformers does, except in a draft model: there a missing mask means that
+        the text has no padding, because generate() drops masks of ones, and pad tokens in it were generated."""
+        if generation_config.is_assistant:
+            return torch.ones(inputs_tensor.shape[:2], dtype=torch.long, device=inputs_tensor.device)
+        return super()._prepare_attention_mask_for_generation(inputs_tensor, generation_config, model_kwargs)
 
     def _prepare_position_ids_for_generation(self, inputs_tensor: torch.Tensor, model_kwargs: dict[str, Any]) -> Any:
         """Positions count tokens; padding behind them repeats the last one, so that the next token follows on."""

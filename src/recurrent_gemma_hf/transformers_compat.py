@@ -46,7 +46,8 @@ OVERRIDDEN = {
         "supports_gradient_checkpointing"
     ),
     "GenerationMixin": (
-        "_prepare_cache_for_generation _prepare_position_ids_for_generation generate prepare_inputs_for_generation"
+        "_prepare_attention_mask_for_generation _prepare_cache_for_generation _prepare_position_ids_for_generation "
+        "generate prepare_inputs_for_generation"
     ),
     "PreTrainedConfig": (
         "base_model_fsdp_plan base_model_pp_plan base_model_tp_plan from_dict model_type validate_architecture"

@@ -155,6 +155,16 @@ def test_compiled_without_a_graph_break():
     assert_same_gradients(*(gradients(model, loss) for loss in losses))
 
 
+def test_compiled_training_with_any_length():
+    """Two recurrent layers and sizes that change: a float that belongs to no module fails there."""
+    model = build(tiny_config(num_hidden_layers=3)).train()
+    compiled = torch.compile(model, dynamic=True, backend="aot_eager")
+    for ids in (tokens_of(2, 12), tokens_of(3, 20)):
+        losses = [m(ids, labels=ids).loss for m in (compiled, model)]
+        torch.testing.assert_close(*losses)
+        assert_same_gradients(*(gradients(model, loss) for loss in losses))
+
+
 def test_exported():
     model, ids = model_of(), tokens_of(2, 40)
     program = torch.export.export(model, (ids,), {"use_cache": False})

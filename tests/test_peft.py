@@ -7,7 +7,15 @@ from types import ModuleType
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, PeftType, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from peft import (
+    AutoPeftModelForCausalLM,
+    LoraConfig,
+    PeftModel,
+    PeftType,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    get_peft_model,
+)
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import constants
@@ -192,6 +200,25 @@ def test_merging_changes_nothing(kind, tmp_path):
     assert_close(logits(merged), with_adapter)
     merged.save_pretrained(tmp_path / "merged")
     assert_close(logits(RecurrentGemmaForCausalLM.from_pretrained(tmp_path / "merged")), with_adapter)
+
+
+def test_an_adapter_finds_its_base(tmp_path):
+    """The class comes from `task_type`; without one PEFT wants to be told that it may import this package."""
+    base().save_pretrained(tmp_path / "base")
+    for task, folder in (("CAUSAL_LM", "adapter"), (None, "adapter without a task")):
+        model = get_peft_model(
+            RecurrentGemmaForCausalLM.from_pretrained(tmp_path / "base"),
+            LoraConfig(r=4, init_lora_weights=False, task_type=task),
+        ).eval()
+        model.save_pretrained(tmp_path / folder)
+        if task is not None:
+            again = AutoPeftModelForCausalLM.from_pretrained(tmp_path / folder).eval()
+            assert type(again.get_base_model()) is RecurrentGemmaForCausalLM
+            torch.testing.assert_close(logits(again), logits(model), rtol=0, atol=0)
+    again = AutoPeftModelForCausalLM.from_pretrained(
+        tmp_path / "adapter without a task", import_allowlist=["recurrent_gemma_hf"]
+    ).eval()
+    torch.testing.assert_close(logits(again), logits(model), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("kind", ["default", "gates"])

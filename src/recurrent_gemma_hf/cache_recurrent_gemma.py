@@ -3,8 +3,8 @@
 Shapes: B batch, T tokens of this forward, D lru_width, G key/value heads, h head_dim, K conv1d_width,
 W attention_window_size, S = W + 1 slots of the key/value ring.
 
-The size is constant from the first token on and the tensors keep their addresses, so the same object serves as a
-dynamic and as a static cache. Each row of a batch counts its own tokens: padding is never stored, wherever it stands.
+The size is constant from the first token and the tensors keep their addresses, so one object serves as dynamic and as
+static cache. Each row of a batch counts its own tokens, and padding is never stored.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ FORMAT = "recurrent_gemma_cache_v1"
 
 
 def _mark_static(*tensors: torch.Tensor) -> None:
-    """Tells torch.compile that these addresses never change; CUDA graphs then write to them in place."""
+    """Tell torch.compile that these addresses never change, so that CUDA graphs write to them in place."""
     if not torch.compiler.is_compiling():
         for tensor in tensors:
             torch._dynamo.mark_static_address(tensor)
 
 
 class _Progress:
-    """How far each row has come; shared by all layers of one cache and advanced once per forward."""
+    """Counters of columns and tokens, shared by all layers of one cache and advanced once per forward."""
 
     def __init__(self) -> None:
         self._columns = 0
-        # A compiled step counts on the device what is added to `_columns` when somebody asks: a Python number that
-        # changes would be an input of the program, and a CUDA graph would be recorded again for each of its values.
+        # Under torch.compile columns are counted in a device tensor and added to `_columns` on read: a changing Python
+        # int would be a graph input, and every token would need a new CUDA graph.
         self.compiled_columns: torch.Tensor | None = None
         self.has_compiled_columns = False
         self.lengths: torch.Tensor | None = None  # (B,) int64: tokens seen so far per row, padding excluded
@@ -52,7 +52,7 @@ class _Progress:
 
     @property
     def columns(self) -> int:
-        """Columns of input seen so far, padding included."""
+        """Return the columns of input seen so far, padding included."""
         if self.has_compiled_columns:
             self.columns = self._columns + int(self.compiled_columns)
         return self._columns
@@ -65,7 +65,7 @@ class _Progress:
             self.has_compiled_columns = False
 
     def add_columns(self, count: int) -> None:
-        """Counts the columns of a forward."""
+        """Count the columns of a forward."""
         if count == 1 and torch.compiler.is_compiling():
             self.compiled_columns.add_(1)
             self.has_compiled_columns = True
@@ -73,24 +73,24 @@ class _Progress:
             self.columns += count
 
     def set_lengths(self, lengths_B: torch.Tensor) -> None:
-        """The counters get tensors of their own, whose addresses stay until the batch size changes."""
-        self.columns = self.columns  # what compiled steps have counted is not lost
+        """Allocate the counters; their addresses stay the same until the batch size changes."""
+        self.columns = self.columns  # adds what compiled steps have counted
         self.lengths, self.past_lengths = lengths_B, lengths_B.clone()
         self.compiled_columns = lengths_B.new_zeros(())
         _mark_static(self.lengths, self.past_lengths, self.compiled_columns)
 
     def end_forward(self) -> None:
-        """Forget the latest forward: what the layers hold is no longer what it left."""
+        """Clear the counters of the latest forward, after a change of the layers' state by other means."""
         self.step_columns, self.step_lengths, self.step_ends = 0, None, None
 
     def slot_token_indices(self, slots: int) -> torch.Tensor:
-        """(B, slots) int64: which token of its row (counted from 0) a slot of a ring holds; negative if empty."""
+        """Return (B, slots) int64: the index of the token that each slot of a ring holds; negative if empty."""
         last_B1 = self.lengths[:, None] - 1
         return last_B1 - (last_B1 - torch.arange(slots, device=last_B1.device)).remainder(slots)
 
 
 class _Tape:
-    """The last `limit` entries along one dimension, per row and without padding, right-aligned."""
+    """A record of the last `limit` entries along one dimension, per row, without padding, right-aligned."""
 
     def __init__(self, start: torch.Tensor, dim: int, limit: int) -> None:
         self.tensor, self.dim, self.limit = start, dim, limit
@@ -103,11 +103,11 @@ class _Tape:
         return tensor.gather(self.dim, index_BL.to(tensor.device).view(shape).expand(size))
 
     def append(self, chunk: torch.Tensor, ends_B: torch.Tensor | None) -> None:
-        """Add what comes before column ends_B (B,) of chunk, or all of it."""
+        """Append the entries of `chunk` before column ends_B (B,), or all of them."""
         joined = torch.cat([self.tensor, chunk.detach().to(self.tensor.dtype)], dim=self.dim)
         size = min(joined.shape[self.dim], self.limit)
         if ends_B is None:
-            # A clone, or the tape would keep a whole prompt alive through its view.
+            # A clone, because a view would keep the whole prompt in memory.
             self.tensor = joined.narrow(self.dim, joined.shape[self.dim] - size, size).clone()
             return
         end_B1 = self.tensor.shape[self.dim] + ends_B[:, None]
@@ -115,14 +115,14 @@ class _Tape:
         self.tensor = self._take(joined, index.clamp(min=0))
 
     def before(self, removed_B: torch.Tensor, size: int) -> torch.Tensor:
-        """The `size` entries that precede the last `removed_B` ones of each row (clamped at the start)."""
+        """Return the `size` entries that precede the last `removed_B` ones of each row (clamped at the start)."""
         end_B1 = self.tensor.shape[self.dim] - removed_B[:, None]
         index = end_B1 - size + torch.arange(size, device=end_B1.device)
         return self._take(self.tensor, index.clamp(min=0))
 
 
 class _LayerMixin:
-    """What both kinds of layers have in common: named tensors with a batch dimension in front, and a tape."""
+    """Base of both kinds of layers: named tensors whose first dimension is the batch, and tapes."""
 
     progress: _Progress
     max_rollback: int
@@ -138,7 +138,7 @@ class _LayerMixin:
         raise NotImplementedError
 
     def select_rows(self, rows: torch.Tensor) -> None:
-        """Keeps rows `rows` (B',) of the batch; in place, so addresses stay, where the batch size stays."""
+        """Keep rows `rows` (B',) of the batch, in place (same addresses) if the batch size stays the same."""
         for name, tensor in self.tensors().items():
             chosen = tensor.index_select(0, rows.to(tensor.device))
             if chosen.shape == tensor.shape:
@@ -155,11 +155,11 @@ class _LayerMixin:
         self.select_rows(_row_indices(indices))
 
     def get_max_length(self) -> int:
-        return -1  # no sequence is too long
+        return -1  # no limit
 
 
 def _holds_something(layer: Any) -> bool:
-    """Tell whether a layer of one of Transformers' caches has seen a token; static ones allocate before that."""
+    """Tell whether a layer of a Transformers cache has seen a token (static ones allocate their tensors earlier)."""
     states = getattr(layer, "has_previous_state", {})
     return any(states.values()) or (isinstance(layer, CacheLayerMixin) and int(layer.get_seq_length()) > 0)
 
@@ -169,9 +169,9 @@ def _row_indices(indices: torch.Tensor) -> torch.Tensor:
 
 
 class RecurrentGemmaAttentionLayer(_LayerMixin, CacheLayerMixin):
-    """Keys and values of the last W + 1 tokens of one attention layer, as a ring: token r of a row is in slot r % S.
+    """Keys and values of the last W + 1 tokens of one attention layer, in a ring buffer: token i is in slot i % S.
 
-    A new token overwrites the one that has just left the window, so decoding moves nothing.
+    A new token overwrites the one that has just left the window, so decoding moves no data.
     """
 
     is_compileable = True
@@ -205,12 +205,11 @@ class RecurrentGemmaAttentionLayer(_LayerMixin, CacheLayerMixin):
         in_sequence_order: bool = False,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Stores the keys and values of this forward, (B, G, T, h) each, and returns those to attend to.
+        """Store the keys and values of this forward, (B, G, T, h) each, and return those to attend to.
 
-        With one token these are the S slots of the ring in place (see `RecurrentGemmaCache.slot_token_indices`). With
-        more, or with `in_sequence_order=True`, they are (B, G, P + T, h) in that order, P = min(W, columns seen
-        before), and gradients flow to the new ones. What is stored is detached: state carries no graph from forward
-        to forward.
+        For one token these are the S slots of the ring in place (see `RecurrentGemmaCache.slot_token_indices`). For
+        more, or with `in_sequence_order=True`, they are (B, G, P + T, h) in sequence order, P = min(W, columns seen
+        before), and gradients flow to the new ones. Stored tensors are detached: no graph spans two forwards.
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -234,7 +233,8 @@ class RecurrentGemmaAttentionLayer(_LayerMixin, CacheLayerMixin):
         return torch.cat([past_P[0], key_states], dim=2), torch.cat([past_P[1], value_states], dim=2)
 
     def _past_in_order(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(B, G, P, h) each: the tokens before this forward; rows with fewer than P tokens begin with garbage."""
+        """Return keys and values of the tokens before this forward, (B, G, P, h) each, in sequence order; rows with
+        fewer than P tokens begin with arbitrary values."""
         size = min(self.window, self.progress.columns - self.progress.step_columns)
         lengths = self.progress.past_lengths.to(self.keys.device)
         indices_BP = lengths[:, None] - size + torch.arange(size, device=lengths.device)
@@ -256,7 +256,7 @@ class RecurrentGemmaAttentionLayer(_LayerMixin, CacheLayerMixin):
             ring.scatter_(2, index, new)
 
     def _store_chunk(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Every slot takes the latest token that belongs to it, from this forward or from before."""
+        """Write to each slot the latest token that belongs to it, if it is in this forward."""
         progress, device = self.progress, self.keys.device
         chunk_index_BS = (
             progress.slot_token_indices(self.window + 1).to(device) - progress.past_lengths.to(device)[:, None]
@@ -270,7 +270,7 @@ class RecurrentGemmaAttentionLayer(_LayerMixin, CacheLayerMixin):
             ring.copy_(torch.where(is_new, taken, ring))
 
     def crop_rows(self, removed_B: torch.Tensor) -> None:
-        """Takes back `removed_B` tokens per row; `progress.lengths` is already the shorter one."""
+        """Remove the last `removed_B` tokens per row; `progress.lengths` excludes them already."""
         size = min(self.window, self._tapes[0].tensor.shape[2])
         if size:
             indices_BS = self.progress.slot_token_indices(self.window + 1).to(self.keys.device)
@@ -297,7 +297,7 @@ class RecurrentGemmaAttentionLayer(_LayerMixin, CacheLayerMixin):
         return self.progress.columns
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """(length, offset) of the keys that an `update` with `query_length` tokens returns."""
+        """Return (length, offset) of the keys that an `update` with `query_length` tokens returns."""
         past = min(self.window, self.progress.columns)
         return (self.window + 1 if query_length == 1 else past + query_length), self.progress.columns - past
 
@@ -308,7 +308,7 @@ class RecurrentGemmaAttentionLayer(_LayerMixin, CacheLayerMixin):
 
 
 class RecurrentGemmaRecurrentLayer(_LayerMixin, LinearAttentionCacheLayerMixin):
-    """Conv state (B, D, K - 1) and RG-LRU state (B, D) in float32 of one recurrent layer."""
+    """Conv state (B, D, K - 1), in the activations' dtype, and RG-LRU state (B, D), float32, of one recurrent layer."""
 
     is_compileable = True
     is_croppable = True
@@ -327,7 +327,7 @@ class RecurrentGemmaRecurrentLayer(_LayerMixin, LinearAttentionCacheLayerMixin):
     ) -> None:
         if conv_states is not None:
             B, D, _ = conv_states.shape
-            # Time is stored before the channels, as the model's activations are; the interface is channels first.
+            # Time comes before channels in memory, as in the model's activations; the interface is channels first.
             self.set_tensor("conv", conv_states.new_zeros((B, self.context, D)).transpose(1, 2))
             _mark_static(self.conv_states[0])
         if recurrent_states is not None:
@@ -335,7 +335,8 @@ class RecurrentGemmaRecurrentLayer(_LayerMixin, LinearAttentionCacheLayerMixin):
             _mark_static(self.recurrent_states[0])
 
     def update_conv_state(self, conv_states: torch.Tensor, state_idx: int = 0, **kwargs: Any) -> torch.Tensor:
-        """Takes the inputs of the convolution (B, D, T), returns them with the K - 1 before them (B, D, K - 1 + T)."""
+        """Store the latest inputs of the convolution, (B, D, T), and return them with the K - 1 before them in front,
+        (B, D, K - 1 + T)."""
         if not self.is_conv_states_initialized[0]:
             self.lazy_initialization(conv_states=conv_states)
         past = self.conv_states[0]
@@ -357,7 +358,7 @@ class RecurrentGemmaRecurrentLayer(_LayerMixin, LinearAttentionCacheLayerMixin):
     def update_recurrent_state(
         self, recurrent_states: torch.Tensor, state_idx: int = 0, history: torch.Tensor | None = None, **kwargs: Any
     ) -> torch.Tensor:
-        """Stores the state (B, D) after this forward; `history` (B, T, D) holds those in between while recording."""
+        """Store the state (B, D) after this forward; while recording, `history` (B, T, D) has that after each token."""
         if not self.is_recurrent_states_initialized[0]:
             self.lazy_initialization(recurrent_states=recurrent_states)
         if self.record_past:
@@ -398,16 +399,16 @@ class RecurrentGemmaRecurrentLayer(_LayerMixin, LinearAttentionCacheLayerMixin):
 
 
 class RecurrentGemmaCache(Cache):
-    """The state of a batch of sequences: constant size, any number of tokens.
+    """State of a batch of sequences: constant size for any number of tokens.
 
     Args:
         config: the config of the model that will use it.
         static: lets `generate()` compile the decoding step, as `cache_implementation="static"` does.
-        max_rollback: how many of the latest tokens `crop` can take back while recording. Recording costs
+        max_rollback: how many of the latest tokens `crop` can remove while recording. Recording costs
             4 * lru_width bytes per recurrent layer, token and row.
 
-    Recording (`activate_past_recording`) is what assisted and prompt-lookup decoding need: a forward keeps the state
-    after each of its tokens, so `crop(-n)` returns to any of them exactly, without recomputation.
+    Assisted and prompt-lookup decoding need recording (`activate_past_recording`): a forward then keeps the state after
+    each of its tokens, and `crop(-n)` restores any of them exactly, without recomputation.
     """
 
     def __init__(self, config: RecurrentGemmaConfig, *, static: bool = False, max_rollback: int = 512) -> None:
@@ -428,11 +429,11 @@ class RecurrentGemmaCache(Cache):
 
     @classmethod
     def adopt(cls, cache: Cache, config: RecurrentGemmaConfig) -> RecurrentGemmaCache:
-        """Return `cache`, made one of ours in place where it is an empty cache of Transformers (`DynamicCache`,
-        `StaticCache`): the caller goes on with the object that he made, and there is one implementation of the state.
+        """Return `cache`, after converting an empty cache of Transformers (`DynamicCache`, `StaticCache`) in place, so
+        that the caller's own object holds the state.
 
         Raises:
-            ValueError: for one that already holds keys, values or states, and for a pair of an encoder and a decoder.
+            ValueError: the cache holds keys, values or states already, or is for an encoder and a decoder.
         """
         if isinstance(cache, cls):
             return cache
@@ -457,7 +458,7 @@ class RecurrentGemmaCache(Cache):
         return cache
 
     def check(self, config: RecurrentGemmaConfig, batch_size: int) -> None:
-        """Raise ValueError unless this cache can go on with `batch_size` rows of a model like `config`."""
+        """Raise ValueError unless this cache fits `batch_size` rows of a model with this `config`."""
         if config is not self.config and config.cache_fields() != self._made_for:
             differing = ", ".join(
                 f"{name}={value!r} instead of {self._made_for[name]!r}"
@@ -482,10 +483,10 @@ class RecurrentGemmaCache(Cache):
         is_token: torch.Tensor | None = None,
         is_token_of_caller: torch.Tensor | None = None,
     ) -> None:
-        """Announce a forward of (batch_size, columns) inputs; the model calls it once, before the layers.
+        """Count a forward of (batch_size, columns) inputs; the model calls this once, before the layers.
 
-        `is_token` (B, columns) bool is False at padding, in the columns that the layers see: a row's tokens stand side
-        by side. `is_token_of_caller` has the columns that `crop` will count.
+        `is_token` (B, columns) bool is False at padding, in the columns that the layers see, where a row's tokens are
+        contiguous. `is_token_of_caller` is the same in the caller's columns, which `crop` counts.
         """
         progress = self.progress
         if progress.lengths is None:
@@ -505,11 +506,11 @@ class RecurrentGemmaCache(Cache):
             self._record_columns(is_token_of_caller, columns)
 
     def _began_in_inference_mode(self) -> bool:
-        """Whether the tensors refuse to be changed here. Dynamo cannot trace this question."""
+        """Tell whether the tensors are inference tensors, which cannot be changed here. Dynamo cannot trace this."""
         return self.progress.lengths.is_inference() and not torch.is_inference_mode_enabled()
 
     def _leave_inference_mode(self) -> None:
-        """Make tensors that can be changed of those that torch.inference_mode began."""
+        """Replace tensors made in torch.inference_mode by copies that can be changed."""
         self.progress.set_lengths(self.progress.lengths.clone())
         for layer in self.layers:
             for name, tensor in layer.tensors().items():
@@ -531,46 +532,46 @@ class RecurrentGemmaCache(Cache):
     # --- Sizes ---
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Columns of input seen so far, padding included; for Hawk as well."""
+        """Return the columns of input seen so far, padding included; for Hawk as well."""
         return self.progress.columns
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """(length, offset) of the keys that attention will see with `query_length` new tokens."""
+        """Return (length, offset) of the keys that attention will see with `query_length` new tokens."""
         for layer in self.layers:
             if isinstance(layer, RecurrentGemmaAttentionLayer):
                 return layer.get_mask_sizes(query_length)
         return query_length, self.progress.columns
 
     def token_counts(self, device: torch.device) -> torch.Tensor | int:
-        """(B, 1) int64: tokens of each row so far, padding excluded; 0 before the first forward."""
+        """Return the tokens of each row so far, (B, 1) int64, padding excluded; 0 before the first forward."""
         return 0 if self.progress.lengths is None else self.progress.lengths.to(device)[:, None]
 
     def slot_token_indices(self) -> torch.Tensor:
-        """(B, S) int64: which token of its row (counted from 0) the slots of the rings hold; negative if empty."""
+        """Return (B, S) int64: the index of the token that each slot of the rings holds; negative if empty."""
         return self.progress.slot_token_indices(self.config.attention_window_size + 1)
 
     @property
     def is_linear(self) -> list[bool]:
-        """False for each layer: Transformers 5.24 takes True for a layer that cannot tell how much it has read."""
+        """Return False for each layer: for Transformers 5.24, True means a layer that does not count its tokens."""
         return [False] * len(self.layers)
 
     @property
     def batch_size(self) -> int:
-        """Rows of the batch, -1 before the first forward."""
+        """Return the rows of the batch, -1 before the first forward."""
         return -1 if self.progress.lengths is None else self.progress.lengths.shape[0]
 
     @property
     def is_compileable(self) -> bool:
-        """Whether generate() compiles the decoding step. It could always: static or not, the tensors are the same."""
+        """Tell generate() whether to compile the decoding step. Static or not, the tensors are the same."""
         return self.static
 
     @property
     def is_initialized(self) -> bool:
-        """Whether a forward has allocated the tensors."""
+        """Tell whether a forward has allocated the tensors."""
         return self.progress.lengths is not None
 
     def memory_footprint(self) -> int:
-        """Bytes held right now, recorded states included."""
+        """Return the size in bytes, recorded states included."""
         tensors = [tensor for layer in self.layers for tensor in layer.tensors().values()]
         tensors += [tape.tensor for layer in self.layers for tape in layer.tapes()]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
@@ -579,20 +580,21 @@ class RecurrentGemmaCache(Cache):
 
     @property
     def is_recording(self) -> bool:
-        """Whether forwards keep what `crop` needs."""
-        return self.layers[0].record_past  # of all layers at once: `activate_past_recording`
+        """Tell whether forwards keep what `crop` needs."""
+        return self.layers[0].record_past  # the same in all layers
 
     def activate_past_recording(self) -> None:
-        """From now on the latest tokens (at most `max_rollback`) can be taken back with `crop`."""
+        """Record the state after each further token, so that `crop` can remove the latest (at most `max_rollback`)."""
         for layer in self.layers:
             layer.record_past = True
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Takes back the last `-tokens_to_remove` columns; with 0, makes everything so far final.
+        """Remove the last `-tokens_to_remove` columns; 0 only drops the record, which makes everything so far final.
 
-        Raises ValueError for more than was recorded since the last `crop`.
+        Raises:
+            ValueError: `tokens_to_remove` is positive, or more than was recorded since the last `crop`.
         """
-        # Assisted decoding gives a tensor: counted with it, `columns` would change with every later addition in place.
+        # Assisted decoding passes a tensor; `columns` would become one, and later additions in place would change it.
         count, progress = -int(tokens_to_remove), self.progress
         if count < 0:
             raise ValueError(f"crop({tokens_to_remove}): give the number of tokens to remove as a negative number")
@@ -617,11 +619,11 @@ class RecurrentGemmaCache(Cache):
     # --- Rows of the batch ---
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Row i becomes what row beam_idx[i] was."""
+        """Replace row i by row beam_idx[i]."""
         self.batch_select_indices(beam_idx)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keeps the given rows (int64 indices or a bool mask over the batch)."""
+        """Keep the given rows (int64 indices or a bool mask over the batch)."""
         progress = self.progress
         if progress.lengths is None:
             return
@@ -638,13 +640,13 @@ class RecurrentGemmaCache(Cache):
             layer.select_rows(rows)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Every row `repeats` times, copies side by side."""
+        """Repeat every row `repeats` times, copies side by side."""
         if self.progress.lengths is not None:
             rows = torch.arange(self.batch_size, device=self.progress.lengths.device)
             self.batch_select_indices(rows.repeat_interleave(repeats))
 
     def reset(self) -> None:
-        """Empties the cache; tensors and addresses stay."""
+        """Empty the cache; tensors and addresses stay."""
         progress = self.progress
         if progress.lengths is not None:
             progress.lengths.zero_()
@@ -654,7 +656,7 @@ class RecurrentGemmaCache(Cache):
             layer.reset()
 
     def fork(self, repeats: int = 1) -> RecurrentGemmaCache:
-        """An independent copy, each row `repeats` times: several continuations of one prompt."""
+        """Return an independent copy, each row `repeats` times, for several continuations of one prompt."""
         copied = copy.deepcopy(self, {id(self.config): self.config})
         if repeats != 1:
             copied.batch_repeat_interleave(repeats)
@@ -663,7 +665,7 @@ class RecurrentGemmaCache(Cache):
     # --- Persistence ---
 
     def save(self, path: str | os.PathLike) -> None:
-        """Writes the state as safetensors (constant size, however long the text was), atomically."""
+        """Write the state as safetensors (constant size for any length of text), atomically."""
         if self.progress.lengths is None:
             raise ValueError("this cache is empty; run the model over a prompt before saving it")
         tensors = {
@@ -686,7 +688,7 @@ class RecurrentGemmaCache(Cache):
     def load(
         cls, path: str | os.PathLike, config: RecurrentGemmaConfig, device: torch.device | str = "cpu", **kwargs: Any
     ) -> RecurrentGemmaCache:
-        """Reads what `save` wrote, for a model with this `config`; raises ValueError for any other file."""
+        """Read what `save` wrote, for a model with this `config`; raise ValueError for any other file."""
         cache = cls(config, **kwargs)
         try:
             with safe_open(path, framework="pt", device=str(device)) as file:

@@ -1,6 +1,6 @@
-"""Local attention: rotary positions, which keys a query sees, and the implementations that compute it.
+"""Local attention: rotary position embedding, masks, and the implementations that compute it.
 
-Shapes: B batch, T queries, K keys, H heads, G key/value heads, N either of them, h head_dim, r half of the rotated
+Shapes: B batch, T queries, K keys, H heads, G key/value heads, N heads of either kind, h head_dim, r half of the rotated
 dimensions, W attention_window_size.
 """
 
@@ -19,25 +19,25 @@ QUERY_BLOCK = 512  # queries per block of banded attention; the waste is block /
 
 
 class AttentionMask(NamedTuple):
-    """Which keys a query sees: itself and those of its document at most W before it; by index."""
+    """The keys that a query attends to: itself and those of its document at most W tokens before it."""
 
     query_index: torch.Tensor  # (B or 1, T) int64
     key_index: torch.Tensor  # (B or 1, K) int64, negative where there is no key
     max_lookback: torch.Tensor  # (B or 1, T) int64: min(W, position, tokens before)
-    query_is_token: torch.Tensor | None  # (B, 1) bool of a single query; None: it is, or sees itself
+    query_is_token: torch.Tensor | None  # (B, 1) bool of a single query; None: a token, or padding that sees itself
     window: int
-    query_offset: int | None  # query t is key query_offset + t; None: the keys are a ring, without order
-    # No padding, one document, nothing cached: every row and every block of queries is masked alike.
+    query_offset: int | None  # query t is key query_offset + t; None: the keys are an unordered ring buffer
+    # No padding, one document, empty cache: the mask is the same for every row and every block of queries.
     is_single_causal_block: bool
     in_blocks: bool = False  # long enough for `attend_in_blocks`
-    backend_mask: Any = None  # what the attention implementation gets: made once, for all layers
+    backend_mask: Any = None  # the attention implementation's mask, made once for all layers
 
     @staticmethod
     def local(columns: Columns, seen: int, window: int) -> AttentionMask:
-        """Mask keys in the order of the columns: up to W of the `seen` columns before, then those of this forward.
+        """Make the mask for keys in sequence order: up to W of the `seen` earlier columns, then those of this forward.
 
-        Tokens of a row stand side by side, so distances are those of columns; that of the first one to padding in front
-        of it, or to keys that the cache does not have yet, is more than it may look back.
+        A row's tokens are contiguous, so distances in tokens are distances in columns. `max_lookback` excludes padding
+        in front of the first token, and keys that the cache does not hold yet.
         """
         T, before = columns.token_index.shape[1], min(window, seen)
         index = torch.arange(before + T, device=columns.token_index.device)[None]
@@ -46,25 +46,25 @@ class AttentionMask(NamedTuple):
 
     @staticmethod
     def of_ring(columns: Columns, slot_token_indices_BS: torch.Tensor, window: int) -> AttentionMask:
-        """Mask the slots of the cache's ring for one query."""
+        """Make the mask of one query for the slots of the cache's ring buffer."""
         keys = slot_token_indices_BS.to(columns.token_index.device)
         lookback = _max_lookback(columns, window)
         return AttentionMask(columns.token_index, keys, lookback, columns.is_token, window, None, False)
 
     @property
     def in_sequence_order(self) -> bool:
-        """Whether the cache is to return the keys in order."""
+        """Tell whether the cache is to return the keys in sequence order."""
         return self.query_offset is not None
 
     def visible(self, queries: slice | None = None, keys: slice | None = None) -> torch.Tensor:
-        """(B or 1, 1, T', K') bool for a block of queries and keys."""
-        everything = slice(None)  # no default argument: torch 2.11 cannot compile one
+        """Return the mask of a block of queries and keys, (B or 1, 1, T', K') bool."""
+        everything = slice(None)  # not a default argument, which torch 2.11 cannot compile
         queries, keys = everything if queries is None else queries, everything if keys is None else keys
         key_index = self.key_index[:, None, keys]
         distance = self.query_index[:, queries, None] - key_index
         seen = (distance >= 0) & (distance <= self.max_lookback[:, queries, None]) & (key_index >= 0)
         if self.query_is_token is not None:
-            # Padding sees everything: nobody reads its output, and a softmax over nothing would be NaN.
+            # Padding attends to everything: its output is not used, and a softmax over no keys would be NaN.
             seen = seen | ~self.query_is_token[:, queries, None]
         return seen[:, None]
 
@@ -77,15 +77,15 @@ def _max_lookback(columns: Columns, window: int) -> torch.Tensor:
 
 
 def rotary_angles(position: torch.Tensor, rotary_dim: int, theta: float) -> torch.Tensor:
-    """Return the angles (..., rotary_dim / 2) of positions (...), in float32; no table limits the length of a text."""
+    """Return the angles (..., rotary_dim / 2) of positions (...), float32; no table limits the length."""
     r = rotary_dim // 2
     exponent = torch.arange(r, device=position.device, dtype=torch.float32) / max(r, 1)
-    # Times the reciprocal, as the official code: divided by, angles far into a text differ in their last bits.
+    # Multiply by the reciprocal as the official code does: division changes the last bits of angles at large positions.
     return position[..., None].float() * (1.0 / theta**exponent)
 
 
 def rotate(x_BNTh: torch.Tensor, cos_BTr: torch.Tensor, sin_BTr: torch.Tensor) -> torch.Tensor:
-    """RoPE on the first 2 r of h dimensions: pairs (i, i + r) turn by the angle of the token's position."""
+    """Apply RoPE to the first 2 r of h dimensions: rotate each pair (i, i + r) by the angle of the token's position."""
     cos, sin = cos_BTr[:, None], sin_BTr[:, None]
     first, second, rest = x_BNTh.split([cos.shape[-1], cos.shape[-1], x_BNTh.shape[-1] - 2 * cos.shape[-1]], dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
@@ -94,9 +94,9 @@ def rotate(x_BNTh: torch.Tensor, cos_BTr: torch.Tensor, sin_BTr: torch.Tensor) -
 def eager_attention(
     q_BHTh: torch.Tensor, k_BGKh: torch.Tensor, v_BGKh: torch.Tensor, mask: torch.Tensor | None, dropout: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Softmax attention by hand; returns the output (B, H, T, h) and the probabilities (B, H, T, K).
+    """Compute attention by matmuls and softmax; return the output (B, H, T, h) and the probabilities (B, H, T, K).
 
-    The heads of a group share keys, so they are folded into the queries instead of repeating the keys.
+    The heads of a group share keys, so they are folded into the queries; keys are not repeated.
     """
     (B, H, T, h), (G, K) = q_BHTh.shape, k_BGKh.shape[1:3]
     scores = torch.matmul(q_BHTh.reshape(B, G, H // G * T, h), k_BGKh.transpose(2, 3)).view(B, H, T, K) * h**-0.5
@@ -112,10 +112,10 @@ def eager_attention(
 def sdpa_attention(
     q_BHTh: torch.Tensor, k_BGKh: torch.Tensor, v_BGKh: torch.Tensor, mask: torch.Tensor | None, dropout: float
 ) -> tuple[torch.Tensor, None]:
-    """The same by torch's fused kernels; `mask=None` means causal."""
+    """Compute attention by torch's fused kernels; `mask=None` means causal."""
     (B, H, T, h), G = q_BHTh.shape, k_BGKh.shape[1]
     if T == 1 and (mask is None or mask.shape[1] == 1):
-        # One token: the heads of a group become the queries, and the keys are read once.
+        # One token: the heads of a group become the queries, so that the keys are read once.
         q = q_BHTh.reshape(B, G, H // G, h)
         out = F.scaled_dot_product_attention(q, k_BGKh, v_BGKh, attn_mask=mask, dropout_p=dropout)
         return out.reshape(B, H, 1, h), None
@@ -134,10 +134,10 @@ def attend_in_blocks(
     mask: AttentionMask,
     dropout: float,
 ) -> torch.Tensor:
-    """Linear cost in T: each block of queries meets the keys of its band alone.
+    """Compute banded attention: each block of queries attends to the keys of its band only, at linear cost in T.
 
-    The bands are of one size, padded in front with keys that no query sees, so that `unfold` cuts them without a copy
-    and its backward is linear too.
+    The bands have one size, with masked keys in front of the first, so that `unfold` makes them without a copy and its
+    backward is linear too.
     """
     T, W = q_BHTh.shape[2], mask.window
     starts = range(0, T, QUERY_BLOCK)
@@ -146,7 +146,7 @@ def attend_in_blocks(
     outputs, inner = [], None
     for start, k_band, v_band in zip(starts, k_bands, v_bands, strict=True):
         size = min(QUERY_BLOCK, T - start)
-        first_key = start + mask.query_offset - W  # may lie before the first key
+        first_key = start + mask.query_offset - W  # negative in front of the first key
         is_inner = mask.is_single_causal_block and first_key >= 0 and size == QUERY_BLOCK
         if is_inner and inner is not None:
             visible = inner
@@ -174,7 +174,7 @@ def with_backend_mask(
     batch_size: int,
     wants_probabilities: bool,
 ) -> AttentionMask:
-    """Make what the attention implementation reads."""
+    """Return `attention` with the mask in the form that the attention implementation reads."""
     T, K = attention.max_lookback.shape[1], attention.key_index.shape[1]
     if mask_4d is not None:
         return attention._replace(backend_mask=mask_4d[..., mask_4d.shape[3] - K :])
@@ -187,7 +187,7 @@ def with_backend_mask(
         if attention.in_sequence_order and is_long and not wants_probabilities:
             return attention._replace(in_blocks=True)
         if implementation == "sdpa" and attention.is_single_causal_block and attention.window >= T - 1:
-            return attention  # the window reaches every earlier key: plainly causal
+            return attention  # the window covers all earlier keys, so the mask is causal
     return attention._replace(backend_mask=attention.visible())
 
 
@@ -229,7 +229,7 @@ def check_attention(config: RecurrentGemmaConfig, mask: InputMask, T: int, has_c
 
 
 def check_flash(columns: Columns, window: int, has_past: bool) -> None:
-    """Raise ValueError for packed documents that flash attention cannot keep apart: it does in one row, uncached."""
+    """Raise ValueError for packed documents in several rows or with a cache, which flash attention cannot separate."""
     if columns.is_one_document or (not has_past and columns.position.shape[0] == 1):
         return
     is_apart = columns.position.clamp(max=window) < columns.token_index.clamp(max=window)
@@ -243,7 +243,7 @@ def check_flash(columns: Columns, window: int, has_past: bool) -> None:
 
 
 def _flash_mask(columns: Columns, past_lengths_B: torch.Tensor | None, K: int, batch_size: int) -> torch.Tensor | None:
-    """Return (B, K) bool, all that flash attention takes: False where there is no key. None: every key is one."""
+    """Return the padding mask of flash attention, (B, K) bool, False where there is no key; None: no padding."""
     is_token, device = columns.is_token, columns.token_index.device
     before = K - columns.token_index.shape[1]
     if past_lengths_B is None or not before:

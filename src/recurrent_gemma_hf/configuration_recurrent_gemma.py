@@ -17,12 +17,12 @@ from .transformers_compat import ACT2FN
 logger = logging.get_logger(__name__)
 
 BLOCK_TYPES = ("recurrent", "attention")
-# In the words that Transformers' caches and vLLM read.
+# The names that Transformers' caches and vLLM read.
 _LAYER_TYPES = {"recurrent": "linear_attention", "attention": "sliding_attention"}
 GRIFFIN_PATTERN = ("recurrent", "recurrent", "attention")
 
-# What `recurrentgemma.common.Preset` states, in the names of the published config.json files (intermediate_size is
-# twice the width of each MLP branch).
+# The presets of `recurrentgemma.common.Preset`, under the field names of the published config.json files
+# (intermediate_size is twice the width of each MLP branch).
 PRESETS: dict[str, dict[str, Any]] = {
     "recurrentgemma-2b": {},
     "recurrentgemma-9b": {
@@ -45,8 +45,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 PRESETS["hawk-paper-7b"] = {**PRESETS["griffin-paper-7b"], "block_types": ("recurrent",)}
 
-# Keys that config.json files and Transformers itself bring along without describing the architecture. Everything else
-# that is neither one of these nor a field is a mistake, most likely a misspelled field.
+# Keys of config.json files and of Transformers that do not describe the architecture. A keyword argument that is neither
+# one of these nor a field is most likely a misspelled field.
 _BOOKKEEPING_KEYS = frozenset(
     ("add_cross_attention", "attn_implementation", "auto_map", "cross_attention_hidden_size",
      "experts_implementation", "finetuning_task", "is_decoder", "model_type", "name_or_path", "num_labels",
@@ -54,10 +54,10 @@ _BOOKKEEPING_KEYS = frozenset(
      "tie_encoder_decoder", "tokenizer_class", "torch_dtype", "torchscript", "use_bfloat16")
 )  # fmt: skip
 
-# Other spellings of fields, which the constructor reads.
+# Other spellings of fields, which `__post_init__` reads.
 _READ_BY_HAND = {"layer_types", "layers_block_type", "rope_parameters", "rope_scaling"}
 
-# The fields that decide the shape of a cache and the meaning of its content.
+# The fields that determine the shapes in a cache and the meaning of its values.
 _CACHE_FIELDS = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "head_dim", "lru_width", "attention_window_size", "conv1d_width",
@@ -68,10 +68,10 @@ _CACHE_FIELDS = (
 
 class RecurrentGemmaConfig(PreTrainedConfig):
     r"""
-    Everything that defines a RecurrentGemma, Griffin or Hawk model. The defaults are RecurrentGemma-2B.
+    Configuration of a RecurrentGemma, Griffin or Hawk model. The defaults are RecurrentGemma-2B.
 
-    Reads the published 2B and 9B `config.json` files as they are. Impossible values, contradictions and unknown
-    arguments raise `ValueError` naming the field; unknown keys of a file are kept, with a warning.
+    Reads the published 2B and 9B `config.json` files unchanged. Impossible values, contradictions and unknown arguments
+    raise `ValueError` naming the field; unknown keys of a file are kept, with a warning.
 
     Args:
         vocab_size (`int`): number of token ids.
@@ -84,8 +84,8 @@ class RecurrentGemmaConfig(PreTrainedConfig):
         lru_width (`int`, *optional*): width D of the recurrence, `hidden_size` by default.
         block_types (`tuple[str]`): pattern of "recurrent" and "attention", repeated and cut to `num_hidden_layers`.
             `("recurrent",)` is Hawk.
-        attention_window_size (`int`): how many tokens before itself a query sees. It sees itself too, so the window
-            in Transformers' inclusive sense is one larger (`sliding_window`).
+        attention_window_size (`int`): how many earlier tokens a query attends to. It attends to itself too, so
+            Transformers' inclusive window (`sliding_window`) is one larger.
         conv1d_width (`int`): taps of the causal depthwise convolution.
         logits_soft_cap (`float`): c in c tanh(logits / c); 0 means no cap.
         embeddings_scale_by_sqrt_dim (`bool`): multiply embeddings by sqrt(hidden_size) rounded to bfloat16
@@ -100,8 +100,8 @@ class RecurrentGemmaConfig(PreTrainedConfig):
         final_w_init_variance_scale (`float`, *optional*): variance scale of the initialisation of the layers that
             write to the residual stream, 2 / `num_hidden_layers` by default.
         tie_word_embeddings (`bool`): share the embedding with the language model head.
-        fuse_linear_cross_entropy (`bool`): compute the loss without the logits while training with labels. False: the
-            outputs of training hold them, and the loss is Transformers' own.
+        fuse_linear_cross_entropy (`bool`): compute the training loss without the logits. False: outputs in training
+            include logits, and the loss is Transformers' own.
 
     Example:
         >>> from recurrent_gemma_hf import RecurrentGemmaConfig
@@ -120,7 +120,7 @@ class RecurrentGemmaConfig(PreTrainedConfig):
         "layers": (["x_BTE", "inputs"], ["x_BTE"]),
         "final_norm": (["x_BTE"], ["x_BTE"]),
     }
-    # Each rank takes some of the heads; the styles that are not Transformers' own are those of tensor_parallel.py.
+    # Each rank computes some of the heads. tensor_parallel.py defines the styles that Transformers does not have.
     base_model_tp_plan: ClassVar[dict[str, str]] = {
         "embed_tokens": "embedding_rowwise",
         "layers.*.temporal_block.q_proj": "colwise",
@@ -146,7 +146,7 @@ class RecurrentGemmaConfig(PreTrainedConfig):
     num_hidden_layers: int = 26
     num_attention_heads: int = 10
     num_key_value_heads: int = 1
-    # None is replaced on construction (`__post_init__`): everyone else reads numbers.
+    # `__post_init__` replaces None, so the type is int for readers.
     head_dim: int = None  # type: ignore[assignment]
     lru_width: int = None  # type: ignore[assignment]
     block_types: list[str] | tuple[str, ...] = GRIFFIN_PATTERN
@@ -194,7 +194,7 @@ class RecurrentGemmaConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def _read_private_block_types(self, kwargs: dict[str, Any]) -> None:
-        """The published files spell the pattern `_block_types`."""
+        """Read the pattern from `_block_types`, as the published files spell it."""
         private = kwargs.pop("_block_types", None)
         if private is None:
             return
@@ -203,7 +203,7 @@ class RecurrentGemmaConfig(PreTrainedConfig):
         self.block_types = private
 
     def _read_rope_parameters(self, kwargs: dict[str, Any]) -> None:
-        """Configs saved by Transformers 5 hold the rotary settings in one dict."""
+        """Read the rotary settings from one dict, as Transformers 5 saves them."""
         given = {name: kwargs.pop(name, None) for name in ("rope_parameters", "rope_scaling")}
         rope = given["rope_parameters"] or given["rope_scaling"]
         if rope is None:
@@ -241,7 +241,7 @@ class RecurrentGemmaConfig(PreTrainedConfig):
             )
 
     def validate_architecture(self) -> None:
-        """Raises ValueError, naming the field, where the values describe no possible model."""
+        """Raise ValueError, naming the field, for values that describe no possible model."""
         self._validate_sizes(
             "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
             "num_key_value_heads", "head_dim", "lru_width", "attention_window_size", "conv1d_width",
@@ -317,8 +317,8 @@ class RecurrentGemmaConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """As in Transformers. Of a file, unlike of a call, unknown keys are kept, with a warning: tools write their own
-        into the config of a model that they train, and its checkpoint must load again."""
+        """Do as Transformers, and keep unknown keys of a file, with a warning: tools write their own into the config of
+        the model they train, and its checkpoint must load again."""
         fields = {field.name for field in dataclasses.fields(cls)} | _READ_BY_HAND
         unknown = cls._unknown(key for key in config_dict if key not in fields)
         config = super().from_dict({k: v for k, v in config_dict.items() if k not in unknown}, **kwargs)
@@ -339,17 +339,17 @@ class RecurrentGemmaConfig(PreTrainedConfig):
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> RecurrentGemmaConfig:
-        """A published architecture by name (a key of `PRESETS`), with any field overridden."""
+        """Make the config of a published architecture (a key of `PRESETS`), with any field overridden."""
         if name not in PRESETS:
             raise ValueError(f"unknown preset {name!r}; there are {', '.join(PRESETS)}")
         return cls(**{**PRESETS[name], **overrides})
 
     @classmethod
     def adopt(cls, config: PreTrainedConfig) -> RecurrentGemmaConfig:
-        """Return `config`, or what it says as one of ours: Transformers' own, read before this package was imported.
+        """Return `config`, converted if it is of Transformers' own class (read before this package was imported).
 
         Raises:
-            ValueError: for a config of another model.
+            ValueError: the config is of another model.
         """
         if isinstance(config, cls):
             return config
@@ -357,11 +357,11 @@ class RecurrentGemmaConfig(PreTrainedConfig):
         own._attn_implementation = config._attn_implementation
         return own
 
-    # Tools set these on a config as they do on others: what they follow from is set.
+    # Tools set these properties on any config; a setter changes the field that the property is derived from.
 
     @property
     def layers_block_type(self) -> list[str]:
-        """ "recurrent" or "attention" for each layer: the pattern, repeated and cut to the number of layers."""
+        """Return "recurrent" or "attention" for each layer: the pattern, repeated and cut to the number of layers."""
         return [self.block_types[i % len(self.block_types)] for i in range(self.num_hidden_layers)]
 
     @layers_block_type.setter
@@ -372,7 +372,7 @@ class RecurrentGemmaConfig(PreTrainedConfig):
 
     @property
     def layer_types(self) -> list[str]:
-        """The same in the words that Transformers' caches and vLLM read."""
+        """Return the same under the names that Transformers' caches and vLLM read."""
         return [_LAYER_TYPES[block] for block in self.layers_block_type]
 
     @layer_types.setter
@@ -384,7 +384,7 @@ class RecurrentGemmaConfig(PreTrainedConfig):
 
     @property
     def sliding_window(self) -> int:
-        """The attention window as Transformers counts it, the query itself included."""
+        """Return the attention window as Transformers counts it, the query included."""
         return self.attention_window_size + 1
 
     @sliding_window.setter
@@ -395,7 +395,7 @@ class RecurrentGemmaConfig(PreTrainedConfig):
 
     @property
     def final_logit_softcapping(self) -> float | None:
-        """The soft cap under the name, and in the sense, that libraries with a loss of their own (TRL) look for."""
+        """Return the soft cap, None if there is none, under the name that libraries with their own loss (TRL) read."""
         return self.logits_soft_cap or None
 
     @final_logit_softcapping.setter
@@ -404,15 +404,15 @@ class RecurrentGemmaConfig(PreTrainedConfig):
 
     @property
     def rotary_dim(self) -> int:
-        """How many leading dimensions of a head are rotated."""
+        """Return how many leading dimensions of a head RoPE rotates."""
         return int(self.head_dim * self.partial_rotary_factor)
 
     def cache_fields(self) -> dict[str, Any]:
-        """Return the fields that give a cache its shape and meaning."""
+        """Return the fields that a cache must share with its model."""
         return {name: getattr(self, name) for name in _CACHE_FIELDS}
 
     def fingerprint(self) -> str:
-        """Return the SHA-256 of `cache_fields`, which saved caches hold."""
+        """Return the SHA-256 of `cache_fields`, as saved caches store it."""
         return fingerprint_of(self.cache_fields())
 
 

@@ -1,4 +1,4 @@
-"""The caller's masks, positions and documents: checked, and turned into what the model computes with.
+"""Check the caller's masks, positions and documents, and convert them to what the model computes with.
 
 Shapes: B batch, T tokens of this forward, E hidden_size, H heads, K keys.
 """
@@ -15,7 +15,7 @@ from .cache_recurrent_gemma import RecurrentGemmaCache
 
 
 class InputMask(NamedTuple):
-    """The caller's attention_mask, checked and taken apart."""
+    """The caller's attention_mask, checked and split by kind."""
 
     is_token: torch.Tensor | None  # (B, T) bool of this forward's columns; None: no padding
     mask_4d: torch.Tensor | None  # 4D
@@ -25,8 +25,8 @@ class InputMask(NamedTuple):
     def read(attention_mask: Any, cache: RecurrentGemmaCache | None, B: int, T: int) -> InputMask:
         """Check an attention_mask of `RecurrentGemmaModel.forward` for (B, T) inputs, or raise ValueError."""
         seen = 0
-        # A single token asks how many there were only to check a mask. A compiled step must not ask, see
-        # `_Progress.compiled_columns`.
+        # For a single token the count serves only to check a mask. A compiled step must not read it, see
+        # `_Progress.columns`.
         if cache is not None and (T > 1 or isinstance(attention_mask, torch.Tensor)):
             seen = cache.get_seq_length()
         if attention_mask is None:
@@ -46,7 +46,7 @@ class InputMask(NamedTuple):
 
 
 def token_columns(attention_mask: Any, T: int) -> torch.Tensor | None:
-    """Return (B, T) bool, True at the tokens of this forward; None for a mask that does not tell padding."""
+    """Return (B, T) bool, True at the tokens of this forward; None for a mask that does not describe padding."""
     if isinstance(attention_mask, dict):  # what create_masks_for_generate made
         return attention_mask["is_token"]
     if attention_mask is None or attention_mask.ndim != 2:
@@ -55,14 +55,14 @@ def token_columns(attention_mask: Any, T: int) -> torch.Tensor | None:
 
 
 class Columns(NamedTuple):
-    """Where the inputs of a forward stand. Layers see the caller's columns; only in rows with padding between tokens
-    are the tokens moved to the front."""
+    """Indices, positions and padding of a forward's columns. Layers see the caller's columns, except in rows with
+    padding between tokens, which are compacted (tokens first)."""
 
-    token_index: torch.Tensor  # (B or 1, T) int64: of a token among those of its row; at padding of the token before
-    position: torch.Tensor  # (B or 1, T) int64: of a token in its document
-    is_token: torch.Tensor | None  # (B, T) bool; None: no padding that a token or a state could see
-    restore: torch.Tensor | None  # (B, T) int64: which column the caller's column has become; None: the same
-    is_one_document: bool  # positions are token indices
+    token_index: torch.Tensor  # (B or 1, T) int64: index among the row's tokens; at padding, that of the token before
+    position: torch.Tensor  # (B or 1, T) int64: position in the document
+    is_token: torch.Tensor | None  # (B, T) bool; None: no padding can affect a token or a kept state
+    restore: torch.Tensor | None  # (B, T) int64: new column of each of the caller's columns; None: the same
+    is_one_document: bool  # positions equal token indices
 
     @staticmethod
     def locate(
@@ -72,9 +72,9 @@ class Columns(NamedTuple):
         start: torch.Tensor | int,
         keeps_state: bool,
     ) -> tuple[torch.Tensor, Columns]:
-        """Return x with zeros at padding, whatever stood there, and its columns; x is moved only where it must be.
+        """Return x with zeros at padding, compacted in rows with gaps, and its columns.
 
-        `start`, (B, 1) or a number, counts the tokens before this forward. `keeps_state`: a cache goes on from here.
+        `start` is the number of tokens before this forward, (B, 1) or an int. `keeps_state`: a cache will continue.
         """
         (B, T), restore = x_BTE.shape[:2], None
         if is_token is not None and T > 1:
@@ -91,7 +91,7 @@ class Columns(NamedTuple):
                 order = torch.where(has_gap_B[:, None], (~is_token).to(torch.int8).argsort(dim=1, stable=True), counted)
                 x_BTE, is_token, restore = reorder(x_BTE, order), reorder(is_token, order), order.argsort(1)
                 position_ids = None if position_ids is None else reorder(position_ids.expand(B, T), order)
-            # Behind the tokens causality hides it.
+            # The causal mask hides padding after the last token.
             if not is_padded or not (is_padded_left or keeps_state):
                 is_token = None
         if is_token is None:
@@ -104,7 +104,7 @@ class Columns(NamedTuple):
 
 
 def _is_gap(is_token_BT: torch.Tensor, start: torch.Tensor | int) -> torch.Tensor:
-    """(B, T - 1) bool: the last padding between two tokens, or between earlier forwards and the first token."""
+    """Return (B, T - 1) bool, True at the last padding of a gap between tokens (those of earlier forwards included)."""
     has_tokens_before = is_token_BT.cumsum(1) + start > 0
     return has_tokens_before[:, :-1] & ~is_token_BT[:, :-1] & is_token_BT[:, 1:]
 
@@ -117,12 +117,12 @@ def document_positions(
     cache: RecurrentGemmaCache | None = None,
 ) -> torch.Tensor | None:
     """Return position_ids, or the positions (B, T) that the other descriptions of packed documents imply:
-    `cu_seq_lens_q` (documents + 1,), where each document begins and the last ends, or `seq_idx` (B, T), the number of
-    each token's document. Padding is not counted.
+    `cu_seq_lens_q` (documents + 1,), the start of each document and the end of the last, or `seq_idx` (B, T), each
+    token's document number. Padding is not counted.
 
     Raises:
-        ValueError: for a description that does not fit `shape`, (B, T), or comes after earlier tokens: it does not say
-            whether the first document of this forward goes on with the last one in `cache`.
+        ValueError: the description does not fit `shape`, (B, T), or `cache` holds earlier tokens, since it does not say
+            whether the first document continues the last one in the cache.
     """
     ends, documents = kwargs.get("cu_seq_lens_q"), kwargs.get("seq_idx")
     if position_ids is not None or (ends is None and documents is None):
@@ -157,21 +157,21 @@ def document_positions(
 
 
 def can_read_back(x: torch.Tensor) -> bool:
-    """Tell whether values can be read: not under torch.compile, a transform, the capture of a CUDA graph or on meta."""
+    """Tell whether values can be read: not under torch.compile, a transform or CUDA graph capture, nor on meta."""
     if torch.compiler.is_compiling() or is_transformed() or x.is_meta:
         return False
     return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def may_look_at(x: torch.Tensor) -> bool:
-    """Tell whether values may be read to check them: for that alone a GPU is not waited for."""
+    """Tell whether values may be read only to check them: on a CPU, since on a GPU this would synchronise."""
     return x.device.type == "cpu" and can_read_back(x)
 
 
 def check_input(
     input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, vocab_size: int, hidden_size: int
 ) -> None:
-    """Raise ValueError unless there is one of the two, not empty, of the model's width or with ids that it has."""
+    """Raise ValueError unless exactly one input is given, with at least one token, of the model's width or ids."""
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("give exactly one of input_ids and inputs_embeds")
     given = inputs_embeds if input_ids is None else input_ids
@@ -182,7 +182,7 @@ def check_input(
         )
     if inputs_embeds is not None and inputs_embeds.shape[2] != hidden_size:
         raise ValueError(f"inputs_embeds of shape {tuple(inputs_embeds.shape)} must end with hidden_size={hidden_size}")
-    # On a GPU this would wait for the device; there the embedding's own assertion has to do.
+    # On a GPU this would synchronise; the embedding's own assertion catches it there.
     if input_ids is not None and may_look_at(input_ids):
         low, high = input_ids.aminmax()
         if low < 0 or high >= vocab_size:
@@ -193,7 +193,7 @@ def check_input(
 
 
 def check_positions(position_ids: torch.Tensor, is_token_BT: torch.Tensor | None, shape: tuple[int, int]) -> None:
-    """Raise ValueError for positions that do not grow within a document, or have another shape than (B or 1, T)."""
+    """Raise ValueError unless positions are (B or 1, T) and do not decrease within a document."""
     B, T = shape
     if position_ids.shape not in ((B, T), (1, T)):
         raise ValueError(f"position_ids of shape {tuple(position_ids.shape)} must be ({B} or 1, {T})")
@@ -212,9 +212,9 @@ def check_positions(position_ids: torch.Tensor, is_token_BT: torch.Tensor | None
 
 
 def is_counted(position_BT: torch.Tensor, token_index_BT: torch.Tensor, is_token_BT: torch.Tensor | None) -> bool:
-    """Tell whether positions are just those of one document, as generate() passes them: then there is nothing to mask.
+    """Tell whether positions are those of a single document, as generate() passes them, so that nothing is masked.
 
-    Not asked for one token, nor on a GPU in training, which would wait for it.
+    False, without a check, for one token, and on a GPU in training, where reading them would synchronise.
     """
     if position_BT.shape[1] == 1 or not can_read_back(position_BT):
         return False
@@ -227,8 +227,8 @@ def is_counted(position_BT: torch.Tensor, token_index_BT: torch.Tensor, is_token
 def first_tokens(
     like_BT: torch.Tensor, is_token: torch.Tensor | None, position_ids: torch.Tensor | None
 ) -> torch.Tensor:
-    """Return (B, T) bool, True at the first token of each document: it has no context to be predicted from, so it is
-    no target of the loss, and a padded or packed batch has the loss of its documents run separately."""
+    """Return (B, T) bool, True at the first token of each document. It has no context to be predicted from, so it is
+    excluded from the loss; a padded or packed batch then has the loss of its documents run separately."""
     first = torch.zeros_like(like_BT, dtype=torch.bool)
     if position_ids is not None:
         first |= position_ids.to(first.device) == 0
@@ -238,13 +238,13 @@ def first_tokens(
 
 
 def last_true(tokens_BT: torch.Tensor) -> torch.Tensor:
-    """(B, 1) column of the last True of each row; 0 where there is none."""
+    """Return the column of the last True of each row, (B, 1); 0 if there is none."""
     count = torch.arange(1, tokens_BT.shape[1] + 1, device=tokens_BT.device)
     return (tokens_BT * count).argmax(1, keepdim=True)
 
 
 def reorder(x: torch.Tensor, index_BT: torch.Tensor | None, dim: int = 1) -> torch.Tensor:
-    """Reorders dimension `dim` of x (B, ...) by index_BT (B, T); None changes nothing."""
+    """Reorder dimension `dim` of x (B, ...) by index_BT (B, T); None changes nothing."""
     if index_BT is None:
         return x
     shape = [x.shape[0]] + [1] * (x.ndim - 1)
@@ -255,17 +255,17 @@ def reorder(x: torch.Tensor, index_BT: torch.Tensor | None, dim: int = 1) -> tor
 
 
 def select_columns(x_BTE: torch.Tensor, which: torch.Tensor | int) -> torch.Tensor:
-    """Return the last `which` columns (0: all), those of an index (n,) for all rows, or of one per row (B, n)."""
+    """Return the last `which` columns (0: all), or those at the indices `which`, (n,) for all rows or (B, n)."""
     if isinstance(which, int):
         return x_BTE[:, -which:] if which else x_BTE
     return reorder(x_BTE, which) if which.ndim == 2 else x_BTE[:, which]
 
 
 def selected(output_hidden_states: bool | int | list[int], count: int) -> set[int]:
-    """Return which of `count` hidden states are wanted: all, none, or those of an index or a list of them.
+    """Return the indices of the hidden states to return, of `count`: all, none, or the given ones.
 
     Raises:
-        ValueError: for an index that there is not.
+        ValueError: an index is out of range.
     """
     if isinstance(output_hidden_states, bool):
         return set(range(count)) if output_hidden_states else set()
@@ -276,7 +276,7 @@ def selected(output_hidden_states: bool | int | list[int], count: int) -> set[in
 
 
 def reorder_attention(weights_BHTK: torch.Tensor, restore: torch.Tensor | None) -> torch.Tensor:
-    """Queries, and the keys of this forward among all keys, back to the order of the caller's columns."""
+    """Reorder queries, and this forward's keys among all keys, to the caller's columns."""
     if restore is None:
         return weights_BHTK
     past = weights_BHTK.shape[3] - restore.shape[1]

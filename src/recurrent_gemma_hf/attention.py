@@ -1,7 +1,7 @@
 """Local attention: rotary position embedding, masks, and the implementations that compute it.
 
-Shapes: B batch, T queries, K keys, H heads, G key/value heads, N heads of either kind, h head_dim, r half of the rotated
-dimensions, W attention_window_size.
+Shapes: B batch, T queries, K keys, H heads, G key/value heads, N heads of either kind, h head_dim, r half of the
+rotated dimensions, W attention_window_size.
 """
 
 from __future__ import annotations

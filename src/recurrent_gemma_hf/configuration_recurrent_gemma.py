@@ -45,8 +45,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 PRESETS["hawk-paper-7b"] = {**PRESETS["griffin-paper-7b"], "block_types": ("recurrent",)}
 
-# Keys of config.json files and of Transformers that do not describe the architecture. A keyword argument that is neither
-# one of these nor a field is most likely a misspelled field.
+# Keys of config.json files and of Transformers that do not describe the architecture. A keyword argument that is
+# neither one of these nor a field is most likely a misspelled field.
 _BOOKKEEPING_KEYS = frozenset(
     ("add_cross_attention", "attn_implementation", "auto_map", "cross_attention_hidden_size",
      "experts_implementation", "finetuning_task", "is_decoder", "model_type", "name_or_path", "num_labels",

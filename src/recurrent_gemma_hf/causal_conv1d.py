@@ -1,6 +1,6 @@
 """The depthwise causal convolution in front of the RG-LRU (Griffin, arXiv 2402.19427, section 2.3).
 
-Shapes: B batch, T tokens, D lru_width, K conv1d_width, F = T, or K - 1 + T with the inputs before the first token.
+Shapes: B batch, T tokens, D lru_width, K conv1d_width, F = T, or K - 1 + T with the earlier inputs in front.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from .backend import is_transformed, plain_gradients, use_triton
 
-_NAMESPACE = re.sub(r"\W", "_", __name__, flags=re.ASCII)  # of operators, as in scan.py
+_NAMESPACE = re.sub(r"\W", "_", __name__, flags=re.ASCII)  # of the operators, as in scan.py
 
 
 def causal_conv1d(
@@ -23,30 +23,30 @@ def causal_conv1d(
     """Compute out_t = bias + sum over k of weight[k] u[t - (K - 1) + k], (B, T, D) in the dtype of u.
 
     Args:
-        u_BFD: the inputs; before the first there are zeros.
-        weight_D1K: as torch.nn.Conv1d has it, the newest input last.
+        u_BFD: the inputs; zeros are assumed before the first.
+        weight_D1K: as in torch.nn.Conv1d, the tap of the newest input last.
         bias_D: one per channel.
-        conv_tap_mask_BTK: (B or 1, T, K), 0 for taps that would read across the start of a document, else 1; None: 1.
-        past: inputs in front that have no output: 0 or K - 1.
+        conv_tap_mask_BTK: (B or 1, T, K), 0 for taps that would read an earlier document, else 1; None: all 1.
+        past: number of earlier inputs in front, which have no output: 0 or K - 1.
     """
     K = weight_D1K.shape[2]
-    # A single step of decoding is less than a launch of the kernel.
+    # One token takes less time in plain torch than a kernel launch.
     if u_BFD.shape[1] - past > 1 and use_triton(u_BFD.device, u_BFD.dtype):
         return _conv(u_BFD, weight_D1K[:, 0].t(), bias_D, conv_tap_mask_BTK, past)
     full = u_BFD if past == K - 1 else F.pad(u_BFD, (0, 0, K - 1, 0))
     weight_D1K, bias_D = weight_D1K.to(u_BFD.dtype), bias_D.to(u_BFD.dtype)
     if is_transformed():
         return CausalConv1d.plain(full, weight_D1K, bias_D, conv_tap_mask_BTK)
-    # Without gradients the computation alone: decoding feels the difference.
+    # Without gradients skip autograd.Function, whose overhead counts in decoding.
     function = CausalConv1d.apply if torch.is_grad_enabled() else CausalConv1d.compute
     return function(full, weight_D1K, bias_D, conv_tap_mask_BTK)
 
 
 class CausalConv1d(torch.autograd.Function):
-    """The convolution of (B, K - 1 + T, D) in plain torch; weight (D, 1, K).
+    """Convolution of (B, K - 1 + T, D) in plain torch; weight (D, 1, K).
 
-    By hand, because a sum of shifted products in place is twice as fast on a CPU as any other form, forward and
-    backward, and keeps time before the channels.
+    A sum of shifted products in place: on a CPU twice as fast as any other form, forward and backward, and time
+    stays in front of the channels.
     """
 
     @staticmethod
@@ -54,7 +54,7 @@ class CausalConv1d(torch.autograd.Function):
         """Compute the convolution without gradients."""
         weight_KD = weight[:, 0].t()
         K, T = weight_KD.shape[0], full.shape[1] - weight_KD.shape[0] + 1
-        if T == 1:  # one product instead of K
+        if T == 1:  # one multiplication instead of K
             seen = full if conv_tap_mask is None else full * conv_tap_mask.transpose(1, 2)
             return (seen * weight_KD).sum(1, keepdim=True) + bias
         weight_KD = weight_KD.contiguous()
@@ -66,7 +66,7 @@ class CausalConv1d(torch.autograd.Function):
 
     @staticmethod
     def plain(full: Tensor, weight: Tensor, bias: Tensor, conv_tap_mask: Tensor | None) -> Tensor:
-        """Compute the same for autograd and every transform of torch."""
+        """Compute the convolution by operations that autograd and every transform of torch.func can differentiate."""
         K, T = weight.shape[2], full.shape[1] - weight.shape[2] + 1
         out = bias.expand(full.shape[0], T, -1)
         for tap in range(K):
@@ -76,14 +76,14 @@ class CausalConv1d(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Tensor) -> Tensor:
-        """Compute it and keep the inputs for `backward`."""
+        """Compute the convolution, and save the inputs for `backward`."""
         ctx.save_for_backward(*inputs)
         return CausalConv1d.compute(*inputs)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Compute the gradients of the inputs, the weight and the bias."""
-        saved_tensors = ctx.saved_tensors  # read once: activation checkpointing refuses a second time
+        saved_tensors = ctx.saved_tensors  # read once: activation checkpointing raises on a second read
         if torch.is_grad_enabled():
             return plain_gradients(CausalConv1d.plain, saved_tensors, (grad,))
         full, weight, _, conv_tap_mask = saved_tensors
@@ -99,7 +99,7 @@ class CausalConv1d(torch.autograd.Function):
 
 @torch.library.custom_op(f"{_NAMESPACE}::conv", mutates_args=())
 def _conv(u_BFD: Tensor, weight_KD: Tensor, bias_D: Tensor, conv_tap_mask_BTK: Tensor | None, past: int) -> Tensor:
-    """The convolution by a kernel; accumulates in float32."""
+    """Compute the convolution by a Triton kernel, which accumulates in float32."""
     from .causal_conv1d_triton import conv
 
     return conv(u_BFD, weight_KD, bias_D, conv_tap_mask_BTK, past)
@@ -109,7 +109,7 @@ def _conv(u_BFD: Tensor, weight_KD: Tensor, bias_D: Tensor, conv_tap_mask_BTK: T
 def _conv_backward(
     dout_BTD: Tensor, u_BFD: Tensor, weight_KD: Tensor, conv_tap_mask_BTK: Tensor | None, past: int
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of the inputs; and of weight and bias, one below the other, (K + 1, D) in float32."""
+    """Return the gradient of the inputs, and those of weight and bias stacked, (K + 1, D) in float32."""
     from .causal_conv1d_triton import conv_backward
 
     return conv_backward(dout_BTD, u_BFD, weight_KD, conv_tap_mask_BTK, past)

@@ -1,4 +1,4 @@
-"""The Real-Gated Linear Recurrent Unit (Griffin, arXiv 2402.19427, section 2.4) and the gelu gate behind it.
+"""The Real-Gated Linear Recurrent Unit (Griffin, arXiv 2402.19427, section 2.4), multiplied by its gating branch.
 
 Shapes: B batch, T tokens, D lru_width, H heads of the gates, d = D / H, N = B T, K conv1d_width, S rows of a pool of
 states.
@@ -19,11 +19,11 @@ from .scan import linear_recurrence
 
 RG_LRU_C = 8.0  # c of equation 3: log a = -c r softplus(Lambda)
 MIN_4X_IN_SQRT_GRADIENT = 1e-6  # the official code divides the gradient of sqrt(x) by sqrt(max(4 x, this))
-_NAMESPACE = re.sub(r"\W", "_", __name__, flags=re.ASCII)  # of operators, as in scan.py
+_NAMESPACE = re.sub(r"\W", "_", __name__, flags=re.ASCII)  # of the operators, as in scan.py
 
 
 class RgLruParameters(NamedTuple):
-    """What the RG-LRU learns. The gates are block-diagonal: one (in, out) block per head."""
+    """The parameters of the RG-LRU. The gates are block-diagonal: one (in, out) block per head."""
 
     recurrent_gate_weight_Hdd: Tensor
     recurrent_gate_bias_Hd: Tensor
@@ -47,18 +47,19 @@ def rg_lru(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Compute act(y) * RG-LRU(x).
 
-    Gates, coefficients and states are float32 (float64 for float64); matmuls have the dtype of x.
+    Gates, coefficients and states are float32 (float64 for float64 inputs); matmuls run in the dtype of x.
 
     Args:
         x_BTD: outputs of the convolution.
         y_BTD: the gating branch before its activation.
-        parameters: see there.
+        parameters: see `RgLruParameters`.
         h0_BD: the state before the first token; None means zeros.
-        reset_BT: (B or 1, T) bool; where True a document begins: a = 0, and x enters undamped.
-        is_padding_BT: (B or 1, T) bool; where True the state passes unchanged, whatever x is; before reset. None: none.
+        reset_BT: (B or 1, T) bool, True where a document begins: a = 0, and x is not scaled by sqrt(1 - a^2).
+        is_padding_BT: (B or 1, T) bool, True where the state is carried over unchanged, whatever x and reset are; None:
+            no padding.
         act: the activation of y.
-        is_gelu_tanh: it is gelu with tanh, which the kernel has built in.
-        scan: what runs along time, as `linear_recurrence`; another one for a sequence over several ranks.
+        is_gelu_tanh: whether `act` is gelu with tanh, which the kernels compute.
+        scan: the recurrence, `linear_recurrence` or, for a sequence over several ranks, SequenceShard's.
         return_states: also return all states.
 
     Returns:
@@ -79,14 +80,14 @@ def rg_lru(
 
 
 def gate(x_BTD: Tensor, weight_Hdd: Tensor, bias_Hd: Tensor) -> Tensor:
-    """Compute a block-diagonal linear layer, one block per head, before its sigmoid."""
+    """Compute a gate before its sigmoid: a block-diagonal linear layer, one block per head."""
     blocks_HNd = x_BTD.reshape(-1, *weight_Hdd.shape[:2]).transpose(0, 1)
     out_HNd = torch.baddbmm(bias_Hd[:, None].to(x_BTD.dtype), blocks_HNd, weight_Hdd.to(x_BTD.dtype))
     return out_HNd.transpose(0, 1).reshape(x_BTD.shape)
 
 
 def log_a_scale(recurrent_param_D: Tensor) -> Tensor:
-    """Compute -c softplus(Lambda), (D,): log a = r times this (equation 3)."""
+    """Compute -c softplus(Lambda), (D,), which times r is log a (equation 3)."""
     return -RG_LRU_C * F.softplus(recurrent_param_D)
 
 
@@ -94,15 +95,15 @@ def coefficients(*inputs: Tensor | None) -> tuple[Tensor, Tensor]:
     """Compute a and x' of the recurrence: see `RgLruCoefficients`."""
     if is_transformed():
         return RgLruCoefficients.plain(*inputs)
-    # Without gradients the computation alone: decoding feels the difference.
+    # Without gradients skip autograd.Function, whose overhead counts in decoding.
     return (RgLruCoefficients.apply if torch.is_grad_enabled() else RgLruCoefficients.compute)(*inputs)
 
 
 def bounded_sqrt(x: Tensor) -> Tensor:
-    """Compute sqrt(x), whose derivative is 1 / sqrt(max(4 x, m)) with m = `MIN_4X_IN_SQRT_GRADIENT`, as officially.
+    """Compute sqrt(x) with the official code's derivative, 1 / sqrt(max(4 x, m)), m = `MIN_4X_IN_SQRT_GRADIENT`.
 
-    Written so that autograd finds that derivative, and those of any order and in any mode, by itself: below m / 4 the
-    value is the root's and the slope that of a line.
+    Plain operations, so that derivatives of any order and mode follow: below m / 4 the value is that of the root and
+    the slope that of a line.
     """
     slope = MIN_4X_IN_SQRT_GRADIENT**-0.5
     line = slope * x + (x.sqrt() - slope * x).detach()
@@ -111,11 +112,12 @@ def bounded_sqrt(x: Tensor) -> Tensor:
 
 
 class RgLruCoefficients(torch.autograd.Function):
-    """Gates to recurrence (equations 1 to 4): a = exp(-c r softplus(Lambda)), x' = sqrt(1 - a^2) i x.
+    """Coefficients of the recurrence (equations 1 to 4): a = exp(-c r softplus(Lambda)), x' = sqrt(1 - a^2) i x.
 
-    Recomputes everything in its backward: three activations are saved instead of nine. The derivative of the square
-    root is bounded as in the official code. Inputs (B, T, D) before the sigmoids, `log_a_scale` (D,) in float32;
-    `reset` (B or 1, T, 1) bool, `is_padding` likewise or None. Outputs a and x' in float32 (float64 for float64).
+    The backward pass recomputes everything: three activations are saved instead of nine. The derivative of the square
+    root is bounded as in the official code. Inputs: the gates before their sigmoids and x, (B, T, D); `log_a_scale`
+    (D,) in float32; `reset` (B or 1, T, 1) bool; `is_padding` likewise, or None. Outputs: a and x' in float32 (float64
+    for float64 inputs).
     """
 
     @staticmethod
@@ -123,7 +125,7 @@ class RgLruCoefficients(torch.autograd.Function):
         dtype = scale_D.dtype
         r, i = torch.sigmoid(r_pre.to(dtype)), torch.sigmoid(i_pre.to(dtype))
         log_a = r * scale_D
-        # 1 - exp(2 log a), not -expm1(2 log a): at a = 1 the official code rounds to 0, and so must we.
+        # 1 - exp(2 log a), not -expm1(2 log a): near a = 1 it rounds to 0, as in the official code.
         return r, i, log_a, 1.0 - torch.exp(2.0 * log_a)
 
     @staticmethod
@@ -135,19 +137,19 @@ class RgLruCoefficients(torch.autograd.Function):
         reset: Tensor,
         is_padding: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """Compute a and x' without gradients, in place where it can."""
+        """Compute a and x' without gradients, in place where possible."""
         _, i, log_a, one_minus_a2 = RgLruCoefficients._parts(r_pre, i_pre, scale_D)
         a, multiplier = log_a.exp_(), one_minus_a2.sqrt_()
-        # A document begins: nothing of the past, and x enters undamped.
+        # At the start of a document the past is dropped and x is not scaled.
         a, multiplier = a.masked_fill_(reset, 0.0), multiplier.masked_fill_(reset, 1.0)
         gated = multiplier.mul_(i).mul_(x)
-        if is_padding is not None:  # padding: the state passes unchanged
+        if is_padding is not None:  # the state is carried over unchanged
             a, gated = a.masked_fill_(is_padding, 1.0), gated.masked_fill_(is_padding, 0.0)
         return a, gated
 
     @staticmethod
     def plain(*inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute the same for autograd and every transform of torch."""
+        """Compute a and x' by operations that autograd and every transform of torch.func can differentiate."""
         r_pre, i_pre, x, scale_D, reset, is_padding = inputs
         _, i, log_a, one_minus_a2 = RgLruCoefficients._parts(r_pre, i_pre, scale_D)
         a, gated = log_a.exp().masked_fill(reset, 0.0), bounded_sqrt(one_minus_a2).masked_fill(reset, 1.0) * i * x
@@ -157,14 +159,14 @@ class RgLruCoefficients(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, *inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute them and keep the inputs for `backward`."""
+        """Compute a and x', and save the inputs for `backward`."""
         ctx.save_for_backward(*inputs)
         return RgLruCoefficients.compute(*inputs)
 
     @staticmethod
     def backward(ctx: Any, grad_a: Tensor, grad_gated: Tensor) -> tuple[Tensor | None, ...]:
-        """Compute the gradients of the three inputs and of the scale."""
-        saved_tensors = ctx.saved_tensors  # read once: activation checkpointing refuses a second time
+        """Compute the gradients of the three inputs and of `log_a_scale`."""
+        saved_tensors = ctx.saved_tensors  # read once: activation checkpointing raises on a second read
         if torch.is_grad_enabled():
             return plain_gradients(RgLruCoefficients.plain, saved_tensors, (grad_a, grad_gated))
         r_pre, i_pre, x, scale_D, reset, is_padding = saved_tensors
@@ -176,7 +178,7 @@ class RgLruCoefficients(torch.autograd.Function):
         grad_x = grad_gated * multiplier
         grad_i = grad_x * x * i * (1.0 - i)
         grad_x = grad_x.mul_(i)
-        # min is MIN_4X_IN_SQRT_GRADIENT: torch.compile(dynamic=True) would make an input of a float with a name.
+        # 1e-6 is MIN_4X_IN_SQRT_GRADIENT; torch.compile(dynamic=True) would make the named float a graph input.
         grad_square = grad_gated * i * x / torch.clamp(4.0 * one_minus_a2, min=1e-6).sqrt_()
         a = log_a.exp_()
         grad_log_a = a.mul(grad_a).sub_(grad_square.mul_(2.0).mul_(a).mul_(a))
@@ -188,7 +190,7 @@ class RgLruCoefficients(torch.autograd.Function):
         return *grads, grad_scale, None, None
 
 
-# ---------------------------------------------------------------- by kernels
+# ---------------------------------------------------------------- Triton kernels
 
 
 def rg_lru_step(
@@ -207,9 +209,9 @@ def rg_lru_step(
 ) -> Tensor:
     """Compute gelu(y) * RG-LRU(conv1d(u)) for one token per row by two kernels, without gradients.
 
-    The conv state (S, D, K - 1), of any strides, and the float32 state (S, D) are updated in place, so a CUDA graph
-    finds them at their old addresses. Row b of the batch has row state_indices_B[b] of the states, by default row b; a
-    negative index marks padding of the batch, whose result is 0. Returns out (B, D) in the dtype of u.
+    Updates the conv state (S, D, K - 1), of any strides, and the float32 state (S, D) in place, at addresses that a
+    CUDA graph can keep. Row b of the batch uses row state_indices_B[b] of the states, by default row b; a negative
+    index marks padding of the batch, whose output is 0. Returns out (B, D) in the dtype of u.
     """
     return _step(
         u_BD, y_BD, conv_state_SDC, h_SD, conv_weight_D1K, conv_bias_D, *parameters,
@@ -231,7 +233,8 @@ def _rg_lru(
     is_padding_BT: Tensor | None,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """out, the last state, and for the backward pass (`keep`) the gates before their sigmoids and some states."""
+    """Return out, the last state, and if `keep`, for the backward pass, the gates before their sigmoids and the states
+    between segments (else empty)."""
     from .rg_lru_triton import forward
 
     gates_HNe = torch.bmm(*_gate_factors(x_BTD, r_weight_Hdd, i_weight_Hdd))
@@ -243,7 +246,7 @@ def _rg_lru(
 
 
 def _gate_factors(x_BTD: Tensor, r_weight_Hdd: Tensor, i_weight_Hdd: Tensor) -> tuple[Tensor, Tensor]:
-    """Both gates as one matmul of (H, N, d) and (H, d, 2 d)."""
+    """Return the factors of the matmul that computes both gates, (H, N, d) and (H, d, 2 d)."""
     H, d, _ = r_weight_Hdd.shape
     return x_BTD.reshape(-1, H, d).transpose(0, 1), torch.cat([r_weight_Hdd, i_weight_Hdd], dim=2).to(x_BTD.dtype)
 
@@ -264,7 +267,7 @@ def _rg_lru_backward(
     reset_BT: Tensor | None,
     is_padding_BT: Tensor | None,
 ) -> list[Tensor]:
-    """Gradients of x, y, the five parameters and h0."""
+    """Return the gradients of x, y, the five parameters and h0."""
     from .rg_lru_triton import backward
 
     H, d, _ = r_weight_Hdd.shape
@@ -275,14 +278,14 @@ def _rg_lru_backward(
         is_padding_BT, MIN_4X_IN_SQRT_GRADIENT,
     )  # fmt: skip
     x_HNd, weights_Hde = _gate_factors(x_BTD, r_weight_Hdd, i_weight_Hdd)
-    # What reaches x through the gates, onto what reaches it past them.
+    # Add the part of the gradient of x that comes through the gates.
     dx.view(-1, H, d).transpose(0, 1).baddbmm_(dgates_HNe, weights_Hde.mT)
     dr_weight, di_weight = (part.contiguous() for part in torch.bmm(x_HNd.mT, dgates_HNe).split(d, dim=2))
     dlog_a, dr_bias, di_bias = sums_3D
     drecurrent_param = dlog_a * -RG_LRU_C * torch.sigmoid(recurrent_param_D32)
     gradients = (dr_weight, dr_bias.view(H, d), di_weight, di_bias.view(H, d), drecurrent_param)
     like = (r_weight_Hdd, r_bias_Hd, i_weight_Hdd, i_bias_Hd, recurrent_param_D)
-    # Copies, where nothing is cast: an operator's results share no memory.
+    # Copies also where nothing is cast, because an operator's results must not share memory.
     copies = [gradient.to(parameter.dtype, copy=True) for gradient, parameter in zip(gradients, like, strict=True)]
     return [dx, dy, *copies, dh0_BD]
 
@@ -310,7 +313,7 @@ def _save_for_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 
 def _gradient(ctx: Any, dout_BTD: Tensor, dlast_BD: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    gates, carries, *inputs = ctx.saved_tensors  # read once: activation checkpointing refuses a second time
+    gates, carries, *inputs = ctx.saved_tensors  # read once: activation checkpointing raises on a second read
     h0, reset, is_padding = inputs[7:]
     if torch.is_grad_enabled():
 
@@ -360,7 +363,7 @@ def _step(
     conv_tap_mask_BK: Tensor | None,
     state_indices_B: Tensor | None,
 ) -> Tensor:
-    """See `rg_lru_step`."""
+    """Compute `rg_lru_step`."""
     from .rg_lru_step_triton import step
 
     parameters = (conv_weight_D1K, conv_bias_D, r_weight_Hdd, r_bias_Hd, i_weight_Hdd, i_bias_Hd, recurrent_param_D)

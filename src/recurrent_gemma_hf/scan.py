@@ -1,11 +1,10 @@
-"""The linear recurrence of the RG-LRU: h_t = a_t * h_{t-1} + x_t, elementwise, for every channel by itself.
+"""The linear recurrence of the RG-LRU (Griffin, arXiv 2402.19427, equation 4): h_t = a_t * h_{t-1} + x_t, elementwise.
 
-This is the part of the RG-LRU layer (Griffin, arXiv:2402.19427, section 2.4, equation 4) that runs along time. One
-contract, `linear_recurrence`, and three implementations behind it:
+`linear_recurrence` has three implementations:
 
-- `linear_recurrence_reference`: the loop over time, differentiated by autograd. It defines what is right.
-- a scan over chunks in plain torch, for every device, and kernels for GPUs (scan_triton.py, imported when they are
-  used), as one operator with one backward pass. The choice is made in backend.py.
+- `linear_recurrence_reference`: the loop over time, differentiated by autograd; it defines the correct result.
+- a scan over chunks in plain torch, for every device, and Triton kernels (scan_triton.py, imported on first use), as
+  one operator with one backward pass. backend.py chooses between the two.
 
 Shape suffixes: B batch, T time, D lru_width, M chunks, K chunks of full length (M - 1); N tokens of S sequences in one
 row, P rows of a pool of states.
@@ -25,12 +24,12 @@ from .backend import is_transformed, plain_gradients, use_triton
 
 _FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
-# A chunk's decay is the product of its coefficients. At most 64 of them keep it finite in float32 for |a| < 4, and
-# measured on a CPU longer chunks gain nothing (benchmarks/scan.py).
+# A chunk's decay is the product of its coefficients: 64 of them stay finite in float32 for |a| < 4. On a CPU longer
+# chunks are no faster (benchmarks/scan.py).
 _MAX_CHUNK = 64
 
 # Each copy of this file (the installed package, a checkpoint's remote code) registers operators under its own module
-# name, so that two copies loaded side by side do not replace each other's.
+# name, so that two copies in one process do not replace each other's.
 _NAMESPACE = re.sub(r"\W", "_", __name__, flags=re.ASCII)
 
 
@@ -38,13 +37,13 @@ def linear_recurrence(x_BTD: Tensor, a_BTD: Tensor, h0_BD: Tensor | None = None)
     """Compute h_t = a_t * h_{t-1} + x_t for t = 0 .. T - 1, with h_{-1} = h0.
 
     Accumulates in float32, or in float64 if any input is float64. Differentiable in x, a and h0 through both results,
-    any number of times and in every mode; derivatives of higher order and transforms of torch.func take the loop over
-    time. Work and memory grow linearly with T. Products of up to 64 coefficients (on a GPU of those of a segment of
-    time) are formed, so |a| < 4 (on a GPU |a| <= 1) is where it is exact; the RG-LRU has 0 <= a <= 1.
+    to any order and in every mode; higher orders and transforms of torch.func use the loop over time. Time and memory
+    are linear in T. Products of up to 64 coefficients are formed (by the kernels, of all coefficients of a segment), so
+    use |a| < 4 (with kernels |a| <= 1); the RG-LRU has 0 <= a <= 1.
 
     Args:
-        x_BTD: what is added to the state; bfloat16, float16, float32 or float64.
-        a_BTD: the coefficients, of the same shape; their dtype may differ from that of x. 0 forgets the past.
+        x_BTD: the inputs, bfloat16, float16, float32 or float64.
+        a_BTD: the coefficients, of the same shape and any of these dtypes. 0 drops the past.
         h0_BD: the state before the first step; None means zeros.
 
     Returns:
@@ -52,13 +51,13 @@ def linear_recurrence(x_BTD: Tensor, a_BTD: Tensor, h0_BD: Tensor | None = None)
         For T = 1 they may share memory.
 
     Raises:
-        ValueError: a wrong shape, dtype or device, T = 0, or a backend asked for that cannot serve the inputs.
+        ValueError: a wrong shape, dtype or device, T = 0, or inputs that the backend of `set_backend` does not support.
     """
     _check_inputs(x_BTD, a_BTD, h0_BD)
     if is_transformed():
         return linear_recurrence_reference(x_BTD, a_BTD, h0_BD)
     dtype = _accumulation_dtype(x_BTD, a_BTD, h0_BD)
-    if x_BTD.shape[1] == 1:  # a step of decoding: nothing to scan, and autograd needs no help
+    if x_BTD.shape[1] == 1:  # decoding: nothing to scan, and autograd differentiates one step as it is
         x_BD, a_BD = x_BTD[:, 0].to(dtype), a_BTD[:, 0].to(dtype)
         h_BD = torch.addcmul(x_BD, a_BD, torch.zeros_like(x_BD) if h0_BD is None else h0_BD.to(dtype))
         return h_BD.unsqueeze(1).to(x_BTD.dtype), h_BD
@@ -67,7 +66,7 @@ def linear_recurrence(x_BTD: Tensor, a_BTD: Tensor, h0_BD: Tensor | None = None)
 
 
 def linear_recurrence_reference(x_BTD: Tensor, a_BTD: Tensor, h0_BD: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Compute `linear_recurrence` as a loop over time."""
+    """Compute `linear_recurrence` by a loop over time."""
     dtype = _accumulation_dtype(x_BTD, a_BTD, h0_BD)
     h = torch.zeros_like(x_BTD[:, 0], dtype=dtype) if h0_BD is None else h0_BD.to(dtype)
     states = []
@@ -111,12 +110,13 @@ def _check_inputs(x_BTD: Tensor, a_BTD: Tensor, h0_BD: Tensor | None) -> None:
 
 # ---------------------------------------------------------------- the operator
 #
-# A custom operator, because torch.compile would unroll the loops inside and compile them again for every length.
+# A custom operator, because torch.compile would unroll the loops and recompile them for every length.
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::scan", mutates_args=())
 def _scan(x_BTD: Tensor, a_BTD: Tensor, h0_BD: Tensor | None, kernels: bool) -> tuple[Tensor, Tensor]:
-    """All states, in the dtype of x by kernels and else in the accumulation dtype, which is that of the last one."""
+    """Return all states, in the dtype of x by kernels, else in the accumulation dtype; and the last state, in the
+    accumulation dtype."""
     if kernels:
         from .scan_triton import scan
 
@@ -132,8 +132,8 @@ def _scan(x_BTD: Tensor, a_BTD: Tensor, h0_BD: Tensor | None, kernels: bool) -> 
 def _scan_backward(
     dh_BTD: Tensor, dlast_BD: Tensor, a_BTD: Tensor, h_BTD: Tensor, h0_BD: Tensor | None, kernels: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dx_t = g_t, da_t = g_t * h_{t-1}, dh0 = a_0 * g_0, where g_t = dh_t + a_{t+1} * g_{t+1} and the last also gets
-    dlast."""
+    """Return dx_t = g_t, da_t = g_t * h_{t-1} and dh0 = a_0 * g_0, where g_t = dh_t + a_{t+1} * g_{t+1}, and the last g
+    is dh + dlast."""
     if kernels:
         from .scan_triton import scan_backward
 
@@ -141,7 +141,7 @@ def _scan_backward(
     g_BTD = torch.empty_like(h_BTD)
     torch.add(dh_BTD[:, -1], dlast_BD, out=g_BTD[:, -1])
     _chunked_scan(dh_BTD[:, :-1], a_BTD[:, 1:], g_BTD[:, -1], g_BTD[:, :-1], backwards=True)
-    # In place on one copy: on a CPU the first touch of each new large tensor costs more than the product.
+    # In place on one copy: on a CPU touching a new large tensor for the first time costs more than the multiplication.
     da_BTD = g_BTD.clone()
     da_BTD[:, 1:].mul_(h_BTD[:, :-1])
     if h0_BD is None:
@@ -172,7 +172,7 @@ def _save_for_gradient(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 
 def _gradient(ctx: Any, dh_BTD: Tensor, dlast_BD: Tensor) -> tuple[Tensor | None, ...]:
-    x, a, h0, h = ctx.saved_tensors  # read once: activation checkpointing refuses a second time
+    x, a, h0, h = ctx.saved_tensors  # read once: activation checkpointing raises on a second read
     if torch.is_grad_enabled():
         return *plain_gradients(linear_recurrence_reference, (x, a, h0), (dh_BTD.to(x.dtype), dlast_BD)), None
     dx, da, dh0 = _scan_backward(dh_BTD, dlast_BD, a, h, h0, ctx.kernels)
@@ -188,19 +188,18 @@ _scan.register_autograd(_gradient, setup_context=_save_for_gradient)
 def _chunked_scan(x_BTD: Tensor, a_BTD: Tensor, h0_BD: Tensor, out_BTD: Tensor, *, backwards: bool) -> None:
     """Write out_t = a_t * out_{t-1} + x_t (backwards: out_{t+1}) from the state h0, in the dtype of `out_BTD`.
 
-    Time is cut into M chunks of C steps, counted from the side where the scan starts; the chunk it ends in may be
-    shorter. First every chunk but that one finds what it makes of its incoming state, h -> decay * h + end (C steps,
-    all chunks at once); then the state runs through the chunks (M steps on a C-th of the data); then every chunk is run
-    again from its right state (C steps, all chunks at once). Reading x and a twice costs less than writing each step's
-    decay. No division by a product, which may be 0. Conversions are made slice by slice, so that no
-    converted copy of a whole input is made.
+    Time is split into M chunks of C steps from the side where the scan starts; the last chunk may be shorter. Three
+    passes: (1) reduce each chunk but the last, in parallel, to the affine map h -> decay * h + end (C steps); (2) carry
+    the state through the chunks (M steps on 1 / C of the data); (3) rescan every chunk, in parallel, from its incoming
+    state (C steps). Reading x and a twice costs less than writing each step's decay. Nothing is divided by a product,
+    which may be 0. Inputs are converted slice by slice, never as a whole.
     """
     T, dtype = x_BTD.shape[1], out_BTD.dtype
     C = min(math.isqrt(T), _MAX_CHUNK)
     M = math.ceil(T / C)
     state_BMD = _chunk_states(x_BTD, a_BTD, h0_BD, C, M, backwards=backwards)
     for c in range(C):
-        # The c-th step of every chunk that has one: a slice with stride C, in memory order for both directions.
+        # Step c of every chunk that has one: a slice of stride C, in memory order for both directions.
         times = slice((T - 1 - c) % C if backwards else c, None, C)
         x, out = x_BTD[:, times].to(dtype), out_BTD[:, times]
         n = out.shape[1]
@@ -210,7 +209,7 @@ def _chunked_scan(x_BTD: Tensor, a_BTD: Tensor, h0_BD: Tensor, out_BTD: Tensor, 
 
 
 def _chunk_states(x_BTD: Tensor, a_BTD: Tensor, h0_BD: Tensor, C: int, M: int, *, backwards: bool) -> Tensor:
-    """The state that enters each of the M chunks of `_chunked_scan`, in memory order."""
+    """Return the state that enters each of the M chunks of `_chunked_scan`, in memory order."""
     dtype = h0_BD.dtype
     first = x_BTD.shape[1] - (M - 1) * C if backwards else 0
     stop = first + (M - 1) * C
@@ -235,7 +234,7 @@ def _chunk_states(x_BTD: Tensor, a_BTD: Tensor, h0_BD: Tensor, C: int, M: int, *
     return state_BMD
 
 
-# ---------------------------------------------------------------- many sequences in one row, as servers batch them
+# ---------------------------------------------------------------- sequences of different lengths, concatenated
 
 
 def linear_recurrence_varlen(
@@ -246,27 +245,27 @@ def linear_recurrence_varlen(
     cu_seqlens: Tensor,
     has_initial_state_S: Tensor,
 ) -> Tensor:
-    """`linear_recurrence` of S sequences that lie one behind the other, with their states in a pool; for inference.
+    """Compute `linear_recurrence` of S concatenated sequences, with their states in a pool; for inference.
 
-    Sequence s holds tokens cu_seqlens[s] to cu_seqlens[s + 1] - 1. It starts from row state_indices_S[s] of the pool
-    (from zeros where has_initial_state_S[s] is False) and leaves its last state there. A sequence that is not finite at
-    some token is NaN from there on, in every channel, and the others do not notice. Nothing is read back from the
-    device, so the call can be captured in a CUDA graph.
+    Sequence s is tokens cu_seqlens[s] to cu_seqlens[s + 1] - 1. It starts from row state_indices_S[s] of the pool (from
+    zeros where has_initial_state_S[s] is False) and stores its last state there. From a token that is not finite on, a
+    sequence is NaN in every channel; the other sequences are not affected. Nothing is read back from the device, so the
+    call can be captured in a CUDA graph.
 
     Args:
-        x_ND: what is added to the states, as in `linear_recurrence`; N tokens of all sequences.
+        x_ND: the inputs of all sequences, as in `linear_recurrence`; N tokens.
         a_ND: the coefficients, of the same shape.
-        states_PD: the pool, float32 (float64 if any input is): updated in place, rows of other sequences untouched.
-        state_indices_S: int32 or int64, no two sequences with the same row. Empty sequences (the padding of a captured
-            batch) keep their row as it is; any number of them may share a row that no other sequence uses.
-        cu_seqlens: int32 or int64 (S + 1,), not decreasing, from 0 to at most N; tokens behind the last are padding.
+        states_PD: the pool, float32 (float64 if any input is), updated in place; rows of other sequences are not.
+        state_indices_S: int32 or int64, a different row for each sequence. Empty sequences (the padding of a captured
+            batch) leave their row unchanged; any number of them may share a row that no other sequence uses.
+        cu_seqlens: int32 or int64 (S + 1,), not decreasing, from 0 to at most N; tokens after the last are padding.
         has_initial_state_S: bool.
 
     Returns:
-        h_ND, every state, in the dtype of x. Padding holds numbers without a meaning.
+        h_ND, every state, in the dtype of x; undefined at padding.
 
     Raises:
-        ValueError: a wrong shape, dtype or device, N = 0, or a backend asked for that cannot serve the inputs.
+        ValueError: a wrong shape, dtype or device, N = 0, or inputs that the backend of `set_backend` does not support.
     """
     dtype = _accumulation_dtype(x_ND, a_ND, states_PD)
     _check_varlen(x_ND, a_ND, states_PD, state_indices_S, cu_seqlens, has_initial_state_S, dtype)
@@ -277,8 +276,8 @@ def linear_recurrence_varlen(
     before_SD = states_PD[rows]
     h0_SD = before_SD.masked_fill(~has_initial_state_S[:, None], 0.0)
 
-    # The first token of a sequence takes the state in, and its coefficient counts as 0 from then on. One more row
-    # behind the tokens receives what empty sequences write.
+    # The initial state is added to the first token's input, and the first coefficient set to 0. Empty sequences write
+    # to one more row after the tokens.
     first_S = torch.where(is_empty_S, N, starts)
     x, a = torch.empty((2, N + 1, D), dtype=dtype, device=x_ND.device)
     x[N] = a[N] = 0.0
@@ -293,10 +292,10 @@ def linear_recurrence_varlen(
 
 
 def _taint(x_ND: Tensor, a_ND: Tensor, h0_SD: Tensor, first_S: Tensor, stops: Tensor) -> Tensor:
-    """Return (N, 1) NaN from where on a sequence is not finite, and 0 before.
+    """Return (N, 1): NaN from the first token of a sequence that is not finite, 0 before.
 
-    The scan must not see such values: their product with the coefficient 0 would be NaN in the next sequence. Sums show
-    them at the price of one read; where the sum of a token's values leaves float32, the token counts as infinite.
+    The scan must not see such values: times the coefficient 0 they would be NaN in the next sequence. Sums find them in
+    one read; a token whose sum overflows float32 counts as infinite.
     """
     N, dtype = len(x_ND), h0_SD.dtype
     is_finite_N = (x_ND.sum(1, dtype=dtype) + a_ND.sum(1, dtype=dtype)).isfinite()
@@ -319,7 +318,7 @@ def _check_varlen(
     has_initial_state_S: Tensor,
     dtype: torch.dtype,
 ) -> None:
-    """Raise ValueError for inputs outside the contract of `linear_recurrence_varlen`, without looking at any value."""
+    """Raise ValueError for inputs outside the contract of `linear_recurrence_varlen`, without reading any value."""
     if x_ND.ndim != 2:
         raise ValueError(f"x_ND has shape {tuple(x_ND.shape)}: pass two dimensions (tokens, channels)")
     _check_inputs(x_ND[None], a_ND[None], None)

@@ -4,14 +4,14 @@
     loss = model(**batch).loss  # the loss of the whole sequence, on every rank
     loss.backward()  # gradients to be averaged over the ranks, as DDP and FSDP do
 
-What a chunk needs of those before it has a constant size, however long the sequence is: a recurrent layer the state
-and the last K - 1 inputs of its convolution, an attention layer the last W keys and values (of several ranks where a
-chunk is shorter than W). No rank waits for the scan of another. The recurrence is linear in the state that enters a
-chunk, h -> decay * h + end, so every rank finds the decay and the end of its own chunk, all ranks exchange these pairs
-at once, and each scans again from the right state; the backward pass does the same from the other side. That costs one
-more pass over the chunk, a few per cent of the layer's products. Handing the state from rank to rank would save that
-pass, but a chain of N ranks then costs N - 1 scans: once per step if nothing else ties the ranks together, once per
-layer if FSDP does, whose collectives keep them at the same layer.
+What a chunk needs from earlier chunks has a constant size for any length of sequence: a recurrent layer needs the state
+and the last K - 1 inputs of its convolution, an attention layer the last W keys and values (of several ranks if a chunk
+is shorter than W). No rank waits for the scan of another: the recurrence is linear in the state that enters a chunk, h
+-> decay * h + end, so each rank computes decay and end of its chunk, all ranks exchange them at once, and each scans
+again from its incoming state; the backward pass does the same in the other direction. This costs one more pass over the
+chunk, a few per cent of the layer's arithmetic. Passing the state from rank to rank would save that pass, but N ranks
+in a chain wait for N - 1 scans: once per training step, or once per layer under FSDP, whose collectives keep the ranks
+at the same layer.
 
 Shapes: B batch, T tokens of the whole sequence, C = T / N tokens of a chunk, N ranks, D lru_width, G key/value heads,
 h head_dim, K conv1d_width, W attention_window_size.
@@ -33,7 +33,7 @@ from .cross_entropy import IGNORE_INDEX
 from .inputs import check_positions, document_positions, first_tokens, is_counted, token_columns
 from .scan import linear_recurrence
 
-_SEGMENT = 4096  # tokens whose decays are held at once in the backward pass
+_SEGMENT = 4096  # tokens whose decays exist at a time in the backward pass
 
 _KNOWN_KEYS = (
     "input_ids", "inputs_embeds", "labels", "position_ids", "attention_mask", "num_items_in_batch",
@@ -42,23 +42,23 @@ _KNOWN_KEYS = (
 
 
 def shard_sequence(batch: Mapping[str, Any], group: dist.ProcessGroup | DeviceMesh) -> dict[str, Any]:
-    """This rank's chunk of a batch of long sequences, as keyword arguments of `RecurrentGemmaForCausalLM`.
+    """Return this rank's chunk of a batch of long sequences, as keyword arguments of `RecurrentGemmaForCausalLM`.
 
     Args:
         batch: the same on every rank of the group. input_ids (B, T) int64 or inputs_embeds (B, T, E); optionally labels
-            (B, T), not shifted; position_ids (B or 1, T), where a 0 begins a document, or what
-            `DataCollatorWithFlattening` says instead; attention_mask (B, T) with padding on the right alone, which no
-            token sees; num_items_in_batch, by which the sum of the losses is divided (by default the number of
-            targets).
-        group: the ranks that share the sequence, in order; a process group or a mesh of one dimension.
+            (B, T), not shifted; position_ids (B or 1, T), where a 0 begins a document, or the document keys of
+            `DataCollatorWithFlattening`; attention_mask (B, T) with padding on the right only; num_items_in_batch, the
+            divisor of the sum of the losses (by default the number of targets).
+        group: the ranks that share the sequence, in order: a process group or a mesh of one dimension.
 
     Returns:
-        The chunk, (B, T / N) of each, with `shift_labels` (the target of a chunk's last token is the first label of
-        the next chunk), `num_items_in_batch` and a `SequenceShard`. The loss is that of the whole sequence.
+        The chunk, (B, T / N) of each tensor, with `shift_labels` (the target of a chunk's last token is the next
+        chunk's first label), `num_items_in_batch` and a `SequenceShard`. The model's loss is that of the whole
+        sequence.
 
     Raises:
-        ValueError: T is no multiple of the number of ranks, padding elsewhere than on the right, a 4D attention_mask,
-            keys of no language model, or a batch that differs between the ranks.
+        ValueError: T is not a multiple of the number of ranks, padding is not on the right, the attention_mask is 4D, a
+            key is unknown, or the batch differs between the ranks.
     """
     group = group.get_group() if isinstance(group, DeviceMesh) else group
     unknown = sorted(set(batch) - set(_KNOWN_KEYS))
@@ -83,9 +83,7 @@ def shard_sequence(batch: Mapping[str, Any], group: dist.ProcessGroup | DeviceMe
     whole = {name: batch[name] for name in ("input_ids", "inputs_embeds", "labels") if batch.get(name) is not None}
     if positions is not None:
         check_positions(positions, is_token, (B, T))
-        if not is_counted(
-            positions, torch.arange(T, device=positions.device), None
-        ):  # else it is one document, and the model counts by itself
+        if not is_counted(positions, torch.arange(T, device=positions.device), None):  # else it is one document
             whole["position_ids"] = positions
     if labels is not None:
         if labels.shape != (B, T):
@@ -107,7 +105,7 @@ def _check_mask(mask: torch.Tensor | None, shape: tuple[int, int]) -> None:
     if mask.ndim != 2 or mask.shape != shape:
         raise ValueError(
             f"attention_mask of shape {tuple(mask.shape)} must be {shape}: a sequence over several ranks takes no "
-            "other masks; documents are told apart by position_ids"
+            "other masks; position_ids separate documents"
         )
     if (mask[:, 1:].bool() & ~mask[:, :-1].bool()).any():
         raise ValueError(
@@ -117,9 +115,9 @@ def _check_mask(mask: torch.Tensor | None, shape: tuple[int, int]) -> None:
 
 
 def _check_same_batch(tokens: torch.Tensor, labels: torch.Tensor | None, group: dist.ProcessGroup) -> None:
-    """Every rank cuts its chunk from the whole batch: different batches would make nonsense of it, silently."""
+    """Raise ValueError if the ranks have different batches: their chunks would not form one sequence."""
     sums = [float(x.detach().double().sum()) for x in (tokens, labels) if x is not None]
-    # Where the group's backend can send from; the batch may still be on its way there.
+    # A device that the group's backend can send from; the batch may not be there yet.
     device = torch.device("cpu") if "gloo" in dist.get_backend(group) else torch.accelerator.current_accelerator()
     own = torch.tensor([*tokens.shape[:2], *sums, labels is None], dtype=torch.float64, device=device)
     seen = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
@@ -134,21 +132,21 @@ def _check_same_batch(tokens: torch.Tensor, labels: torch.Tensor | None, group: 
 
 @dataclass(frozen=True)
 class SequenceShard:
-    """Where this rank's chunk of a sequence lies, and how to ask the other ranks for what lies before it.
+    """This rank's chunk of a sequence, and the communication with the other ranks.
 
-    Made by `shard_sequence`; the model's layers call the methods, on every rank in the same order.
+    Made by `shard_sequence`. The model's layers call the methods, on every rank in the same order.
     """
 
     group: dist.ProcessGroup
     rank: int  # in the group
     ranks: int
     offset: int  # tokens before the chunk
-    length: int  # tokens of the chunk, alike on every rank
+    length: int  # tokens of the chunk, the same on every rank
 
     def check(
         self, config: RecurrentGemmaConfig, length: int, attention_mask: Any, cache: Any, output_attentions: bool
     ) -> None:
-        """Raises ValueError for what a model with this config cannot do on a chunk of a sequence."""
+        """Raise ValueError for arguments that do not work on a chunk of a sequence."""
         if length != self.length:
             raise ValueError(f"the input has {length} tokens, this rank's chunk {self.length}; pass it as it was cut")
         context = config.conv1d_width - 1
@@ -160,7 +158,7 @@ class SequenceShard:
         if attention_mask is not None:
             raise ValueError(
                 f"attention_mask of shape {tuple(attention_mask.shape)} does not go with a chunk of a sequence; give "
-                "2D masks to shard_sequence, and tell documents apart by position_ids"
+                "2D masks to shard_sequence, and separate documents by position_ids"
             )
         if cache is not None:
             raise ValueError("a chunk of a sequence goes without past_key_values; pass use_cache=False")
@@ -168,12 +166,12 @@ class SequenceShard:
             raise ValueError("output_attentions does not work with a sequence over several ranks; use one rank")
 
     def with_left(self, *tensors: torch.Tensor, size: int, dim: int) -> tuple[torch.Tensor, ...]:
-        """Each tensor with up to `size` entries before this chunk in front of it along dimension `dim`: all there are,
-        so none on the first rank. Tensors may differ in their last dimension, which must not be `dim`."""
+        """Return each tensor with up to `size` entries of earlier chunks in front along dimension `dim` (as many as
+        there are, so none on the first rank). Tensors may differ in their last dimension, which must not be `dim`."""
         return _WithLeft.apply(self, size, dim, *tensors)
 
     def linear_recurrence(self, x_BCD: torch.Tensor, a_BCD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`linear_recurrence` of the whole sequence: the states of this chunk, and the last of them."""
+        """Compute `linear_recurrence` of the whole sequence; return this chunk's states and its last state."""
         with torch.no_grad():
             _, end_BD = linear_recurrence(x_BCD, a_BCD)
             decay_BD = a_BCD.prod(1, dtype=end_BD.dtype)
@@ -185,18 +183,18 @@ class SequenceShard:
         return _HandOn.apply(self, h_BCD, last_BD, a_BCD, decay_BD) if torch.is_grad_enabled() else (h_BCD, last_BD)
 
     def total(self, loss: torch.Tensor) -> torch.Tensor:
-        """The sum of every rank's share of the loss; its gradients are made to be averaged over the ranks."""
+        """Sum the ranks' shares of the loss. Its gradients are to be averaged over the ranks."""
         return _Total.apply(self, loss)
 
     def _gather(self, *tensors_BD: torch.Tensor) -> torch.Tensor:
-        """(N, number of tensors, B, D): those of every rank."""
+        """Return the tensors of every rank, (N, number of tensors, B, D)."""
         own = torch.stack(tensors_BD)
         everyone = own.new_empty((self.ranks, *own.shape))
         dist.all_gather(list(everyone.unbind(0)), own, group=self.group)
         return everyone
 
     def _exchange(self, sent: dict[int, torch.Tensor], received: dict[int, torch.Tensor]) -> None:
-        """Sends and receives one tensor per rank of the group, all at once."""
+        """Send and receive at most one tensor per rank of the group, all at once."""
         operations = [
             dist.P2POp(operation, tensor, dist.get_global_rank(self.group, rank), self.group)
             for operation, tensors in ((dist.isend, sent), (dist.irecv, received))
@@ -207,15 +205,16 @@ class SequenceShard:
                 work.wait()
 
     def _hops(self, size: int) -> list[tuple[int, int]]:
-        """(distance, entries) of each earlier chunk that holds some of the last `size` entries before a chunk."""
+        """Return (distance in ranks, entries) of each earlier chunk that holds some of the `size` entries before
+        one."""
         return [
             (hop, min(self.length, size - (hop - 1) * self.length)) for hop in range(1, -(-size // self.length) + 1)
         ]
 
 
 class _WithLeft(torch.autograd.Function):
-    """See `SequenceShard.with_left`. Also on the first rank, which gets nothing, and the last, which sends nothing: in
-    the backward pass, when gradients take the way back, every rank takes part."""
+    """The operator of `SequenceShard.with_left`. The first rank, which receives nothing, and the last, which sends
+    nothing, use it too: in the backward pass gradients flow the other way."""
 
     @staticmethod
     def forward(ctx: Any, shard: SequenceShard, size: int, dim: int, *tensors: torch.Tensor) -> Any:
@@ -263,10 +262,10 @@ class _WithLeft(torch.autograd.Function):
 
 
 class _HandOn(torch.autograd.Function):
-    """The states as they are; in the backward pass, the last one also gets its gradient from the ranks on the right.
+    """Identity in the forward pass; the backward pass adds the later ranks' gradient to that of the last state.
 
-    The gradient of the state that enters a chunk is linear in the one that the chunk's last state gets, as in the
-    forward pass: own + decay * later, with own = sum_t (a_0 ... a_t) dh_t.
+    The gradient of the state that enters a chunk is affine in the gradient of the chunk's last state, as in the forward
+    pass: own + decay * later, with own = sum_t (a_0 ... a_t) dh_t.
     """
 
     @staticmethod
@@ -297,7 +296,7 @@ class _HandOn(torch.autograd.Function):
 
 
 def _through_decay(dh_BCD: torch.Tensor, a_BCD: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """sum_t (a_0 ... a_t) dh_t, (B, D): the products are the states of a recurrence that starts at 1."""
+    """Compute sum_t (a_0 ... a_t) dh_t, (B, D); the products are the states of a recurrence that starts at 1."""
     decay_BD, total_BD = torch.ones_like(dh_BCD[:, 0], dtype=dtype), torch.zeros_like(dh_BCD[:, 0], dtype=dtype)
     for a, dh in zip(a_BCD.split(_SEGMENT, dim=1), dh_BCD.split(_SEGMENT, dim=1), strict=True):
         decays, decay_BD = linear_recurrence(torch.zeros_like(a), a, decay_BD)
@@ -306,8 +305,8 @@ def _through_decay(dh_BCD: torch.Tensor, a_BCD: torch.Tensor, dtype: torch.dtype
 
 
 class _Total(torch.autograd.Function):
-    """Every rank's summand in, the sum out. Its gradient is N-fold: averaged over the ranks, as DDP and FSDP do with
-    the gradients of parameters, what remains is their sum."""
+    """Sum over the ranks. The gradient is multiplied by N, because DDP and FSDP average gradients over the ranks, and
+    the result is to be their sum."""
 
     @staticmethod
     def forward(ctx: Any, shard: SequenceShard, loss: torch.Tensor) -> torch.Tensor:

@@ -1,13 +1,13 @@
-"""The loss of next tokens straight from the hidden states, for vocabularies whose logits do not fit into memory.
+"""The next-token loss from hidden states, without the full logits.
 
-The logits of 8192 tokens over 256,000 words take 8.4 GB in float32, and the plain way holds several such tensors. Here
-only a block of them exists at a time: blocks of tokens for the losses and the gradient of the hidden states (both need
-all logits of a token, none of another), blocks of the vocabulary for the gradient of the weight, whose rows are thus
-summed over all tokens in one matrix product, as accurately as the plain way sums them. The logits are computed twice
-if the weight is trained, and once if it is frozen (LoRA). Tokens without a label cost nothing.
+The logits of 8192 tokens with a vocabulary of 256,000 take 8.4 GB in float32, and the usual loss holds several such
+tensors. Here only one block of logits exists at a time: blocks of tokens for the losses and the gradient of the hidden
+states, blocks of the vocabulary for the gradient of the weight, so that one matmul sums each of its rows over all
+tokens, as accurately as the usual loss does. The logits are computed twice if the weight is trained, once if it is
+frozen (LoRA). Tokens without a label cost nothing.
 
-Shape suffixes: B batch, T tokens, N = B T, n tokens with a label, R tokens of a block, E hidden_size, V vocabulary,
-v words of a block.
+Shapes: B batch, T tokens, N = B T, n tokens with a label, R tokens of a block, E hidden_size, V vocabulary, v
+vocabulary entries of a block.
 """
 
 import re
@@ -21,8 +21,8 @@ from .backend import is_transformed
 
 IGNORE_INDEX = -100
 
-# Elements of one block of logits: 0.5 GB in float32, of which two or three exist at a time. At V = 256,000 a block has
-# 524 tokens, enough for a matrix product to be bound by arithmetic rather than by reading the weight.
+# Elements of one block of logits: 0.5 GB in float32; two or three blocks exist at a time. At V = 256,000 a block has
+# 524 tokens, enough for the matmul to be compute-bound.
 BLOCK_ELEMENTS = 2**27
 
 # Each copy of this file registers operators under its own module name, as scan.py does.
@@ -38,23 +38,23 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     ignore_index: int = IGNORE_INDEX,
 ) -> Tensor:
-    """Cross entropy of each token, (N,) in float32, from `soft_cap * tanh(x weight^T / soft_cap)` (0: no cap).
+    """Compute the cross entropy of each token, (N,) float32, from `soft_cap * tanh(x weight^T / soft_cap)` (0: no cap).
 
-    Equals `F.cross_entropy(logits.float(), labels, reduction="none")` in value and gradient, soft cap and softmax in
-    float32 also where the plain model rounds the capped logits to bfloat16. Differentiable once in x and weight;
-    under a transform of torch.func, which takes the plain way, as often as one likes.
-    Inside torch.autocast it computes in the autocast dtype, as `F.linear` would.
+    Equals `F.cross_entropy(logits.float(), labels, reduction="none")` in value and gradient. Soft cap and softmax are
+    in float32, also where the model's forward rounds the capped logits to bfloat16. Differentiable once in x and
+    weight; to any order under transforms of torch.func, where all logits are computed. Inside torch.autocast the
+    matmuls run in the autocast dtype, as in `F.linear`.
 
     Args:
         x_NE: hidden states, bfloat16, float16, float32 or float64 (then everything is float64).
         weight_VE: rows of the head, of the same dtype.
-        labels_N: int64 word ids; `ignore_index` gives loss 0 and no gradient.
+        labels_N: int64 token ids; `ignore_index` gives loss 0 and no gradient.
         soft_cap: c of c tanh(logits / c).
-        label_smoothing: share of the target that is spread evenly over all words, as in `F.cross_entropy`.
-        ignore_index: the label of tokens that are not to be predicted.
+        label_smoothing: share of the target that is spread evenly over the vocabulary, as in `F.cross_entropy`.
+        ignore_index: the label of tokens that are not predicted.
 
     Raises:
-        ValueError: for a label that is no word, and for shapes or a label_smoothing that make no sense.
+        ValueError: a label outside the vocabulary, shapes that do not match, or a label_smoothing outside 0 to 1.
     """
     if x_NE.ndim != 2 or labels_N.shape != x_NE.shape[:1] or weight_VE.shape[1:] != x_NE.shape[1:]:
         raise ValueError(
@@ -81,7 +81,7 @@ def linear_cross_entropy(
 def _plain_losses(
     logits: Tensor, labels_R: Tensor, soft_cap: float, label_smoothing: float, ignore_index: int
 ) -> Tensor:
-    """Return the losses (R,) of all their logits (R, V), in float32 or float64."""
+    """Compute the losses (R,) from logits (R, V), in float32 or float64."""
     logits = soft_capped(logits.to(torch.promote_types(logits.dtype, torch.float32)), soft_cap)
     return F.cross_entropy(
         logits, labels_R, reduction="none", ignore_index=ignore_index, label_smoothing=label_smoothing
@@ -89,7 +89,7 @@ def _plain_losses(
 
 
 def check_labels(labels: Tensor, vocab_size: int, ignore_index: int = IGNORE_INDEX) -> None:
-    """Raises ValueError naming the range of the labels where one of them is neither a word nor `ignore_index`."""
+    """Raise ValueError, naming the range of the labels, if one is neither in the vocabulary nor `ignore_index`."""
     words = labels[labels != ignore_index]
     if words.numel() and (words.amin() < 0 or words.amax() >= vocab_size):
         raise ValueError(
@@ -103,7 +103,8 @@ def check_labels(labels: Tensor, vocab_size: int, ignore_index: int = IGNORE_IND
 
 
 def _capped(logits: Tensor, soft_cap: float) -> tuple[Tensor, Tensor | None]:
-    """Capped logits in float32 (or float64) and the derivative of the cap, None where there is none; overwrites."""
+    """Return the capped logits in float32 (or float64) and the derivative of the cap, None without one; overwrites
+    `logits`."""
     z = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if not soft_cap:
         return z, None
@@ -113,7 +114,7 @@ def _capped(logits: Tensor, soft_cap: float) -> tuple[Tensor, Tensor | None]:
 
 
 def _logit_gradient(p: Tensor, slope: Tensor | None, labels: Tensor, label_smoothing: float, words: int) -> Tensor:
-    """d loss / d logits from probabilities, in place; labels outside of the columns of p have no target here."""
+    """Compute d loss / d logits from the probabilities p, in place; a label outside the columns of p adds no target."""
     here = (labels >= 0) & (labels < p.shape[1])
     target = here.to(p.dtype).mul_(label_smoothing - 1.0)
     p.scatter_add_(1, labels.clamp(0, p.shape[1] - 1)[:, None], target[:, None])
@@ -132,7 +133,8 @@ def _token_losses(
     ignore_index: int,
     want_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The losses (N,), log sum exp of the logits (N,) and, if wanted, d loss_n / d x_n (N, E); 0 without a label."""
+    """Return the losses (N,), log sum exp of the logits (N,) and, if wanted, d loss_n / d x_n (N, E); all are 0 for
+    tokens without a label."""
     V = weight_VE.shape[0]
     check_labels(labels_N, V, ignore_index)
     dtype = torch.promote_types(x_NE.dtype, torch.float32)
@@ -169,7 +171,7 @@ def _weight_gradient(
     label_smoothing: float,
     ignore_index: int,
 ) -> Tensor:
-    """Gradient of the sum of grad_N times the losses with respect to the weight (V, E)."""
+    """Return the gradient of sum(grad_N * losses) with respect to the weight, (V, E)."""
     V = weight_VE.shape[0]
     labelled_n = (labels_N != ignore_index).nonzero()[:, 0]
     x_nE, labels_n = x_NE[labelled_n], labels_N[labelled_n]
@@ -233,7 +235,7 @@ def _gradient(ctx: Any, grad_N: Tensor | None, *_: Tensor | None) -> tuple[Tenso
 _token_losses.register_autograd(_gradient, setup_context=_save)
 
 
-# ---------------------------------------------------------------- for heads that are more than one weight
+# ---------------------------------------------------------------- heads that are more than one weight
 
 
 def chunked_cross_entropy(
@@ -246,14 +248,14 @@ def chunked_cross_entropy(
     label_smoothing: float = 0.0,
     ignore_index: int = IGNORE_INDEX,
 ) -> Tensor:
-    """The same for any callable head that returns logits (LoRA on it, a sharded one): blocks of tokens, each computed
-    again in the backward pass."""
+    """Compute `linear_cross_entropy` for any callable head that returns logits (with LoRA, sharded), in blocks of
+    tokens that the backward pass recomputes."""
 
     def losses(x_RE: Tensor, labels_R: Tensor) -> Tensor:
         return _plain_losses(head(x_RE), labels_R, soft_cap, label_smoothing, ignore_index)
 
     labels_N = labels_N.to(x_NE.device)
-    if is_transformed():  # transforms do not know checkpoints
+    if is_transformed():  # transforms do not support checkpoints
         return losses(x_NE, labels_N)
     if labels_N.device.type == "cpu" and not torch.compiler.is_compiling():
         check_labels(labels_N, vocab_size, ignore_index)
@@ -262,11 +264,11 @@ def chunked_cross_entropy(
     return torch.cat([torch.utils.checkpoint.checkpoint(losses, x, y, use_reentrant=False) for x, y in blocks])
 
 
-# ---------------------------------------------------------------- what a language model returns
+# ---------------------------------------------------------------- the loss of a language model
 
 
 def soft_capped(logits: Tensor, soft_cap: float) -> Tensor:
-    """Return soft_cap tanh(logits / soft_cap); 0: no cap."""
+    """Compute soft_cap tanh(logits / soft_cap); 0: no cap."""
     return torch.tanh(logits / soft_cap) * soft_cap if soft_cap else logits
 
 
@@ -283,7 +285,7 @@ def next_token_loss(
     label_smoothing: float = 0.0,
     **kwargs: Any,
 ) -> Tensor:
-    """Return what Transformers' `ForCausalLMLoss` does, () in float32, from hidden states instead of logits.
+    """Compute the loss of Transformers' `ForCausalLMLoss`, () in float32, from hidden states instead of logits.
 
     Args:
         head: called with hidden states and labels if it is one weight, else with hidden states, block by block.
@@ -291,10 +293,10 @@ def next_token_loss(
         labels_BT: int64; position t predicts label t + 1.
         vocab_size: V, number of logits.
         is_weight: whether the head is one weight without a bias.
-        soft_cap: see `linear_cross_entropy`, as ignore_index and label_smoothing.
-        num_items_in_batch: what the sum of the losses is divided by; None: the number of targets.
-        shift_labels: (B, T) int64 targets of the positions themselves, instead of the labels.
-        kwargs: not for the loss.
+        soft_cap: see `linear_cross_entropy`, also for ignore_index and label_smoothing.
+        num_items_in_batch: divisor of the sum of the losses; None: the number of targets.
+        shift_labels: (B, T) int64, the target of each position, in place of the labels.
+        kwargs: ignored.
     """
     targets = F.pad(labels_BT[:, 1:], (0, 1), value=ignore_index) if shift_labels is None else shift_labels
     x_NE, targets_N = x_BTE.flatten(0, 1), targets.flatten()

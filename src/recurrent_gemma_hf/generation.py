@@ -1,4 +1,4 @@
-"""What generate() needs beyond Transformers: this model's cache, prompts padded on the right, drafts, chunks.
+"""generate(): Transformers' own, with this model's cache, prompts padded on the right, and checks.
 
 Shapes: B batch, T tokens of this forward.
 """
@@ -34,7 +34,7 @@ class RecurrentGemmaGenerationMixin(GenerationMixin):
     def generate(
         self, *args: Any, cache: Cache | None = None, past_key_values: Cache | None = None, **kwargs: Any
     ) -> Any:
-        """Write text as Transformers does, with the cache under either of its names."""
+        """Generate as Transformers does, with the cache under either of its names."""
         given = one_cache(cache, past_key_values)
         if given is not None:
             kwargs[CACHE_NAME] = RecurrentGemmaCache.adopt(given, self.config)
@@ -43,7 +43,7 @@ class RecurrentGemmaGenerationMixin(GenerationMixin):
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: GenerationMode, *args: Any
     ) -> None:
-        """Every `cache_implementation` is a RecurrentGemmaCache: it is dynamic and static at once."""
+        """Make a RecurrentGemmaCache, whatever `cache_implementation` is; "static" only makes Transformers compile."""
         if generation_mode == GenerationMode.ASSISTED_GENERATION:
             self._check_speculation(model_kwargs)
         self._check_chunks(generation_config, model_kwargs)
@@ -52,8 +52,8 @@ class RecurrentGemmaGenerationMixin(GenerationMixin):
         kind = generation_config.cache_implementation or "dynamic"
         if "offloaded" in kind or kind == "quantized":
             logger.warning_once(
-                f"cache_implementation={kind!r}: the cache of this model has a constant size and stays on the device "
-                "in full precision."
+                f"cache_implementation={kind!r} has no effect: the cache of this model has a constant size and stays "
+                "on the device in full precision."
             )
         cache = RecurrentGemmaCache(self.config, static="static" in kind)
         if generation_config.is_assistant:
@@ -63,20 +63,20 @@ class RecurrentGemmaGenerationMixin(GenerationMixin):
 
     @staticmethod
     def _check_chunks(generation_config: Any, model_kwargs: dict[str, Any]) -> None:
-        """Reads at once what follows a cache, where this Transformers cannot go on from one in chunks."""
+        """Turn chunked prefill off after a cache with tokens, where this Transformers cannot continue one in chunks."""
         size = generation_config.prefill_chunk_size
         cache, mask = model_kwargs.get(CACHE_NAME), model_kwargs.get("attention_mask")
         if size is None or cache is None or CONTINUES_IN_CHUNKS or not cache.get_seq_length():
             return
         if mask is None or mask.shape[1] - cache.get_seq_length() > size:
             logger.warning_once(
-                f"prefill_chunk_size={size}: this Transformers reads in chunks only what comes first; what follows the "
-                "cache is read at once, which gives the same text and takes more memory. Transformers 5.21 can do it."
+                f"prefill_chunk_size={size}: this Transformers prefills in chunks only without a cache; with one it "
+                "prefills at once, with the same text and more memory. Transformers 5.21 can go on from one in chunks."
             )
         generation_config.prefill_chunk_size = None
 
     def _check_speculation(self, model_kwargs: dict[str, Any]) -> None:
-        """Drafts stand directly behind the text, and what the model does not confirm is taken back from the cache."""
+        """Raise ValueError for padding on the right, since a draft must follow the text directly."""
         mask = model_kwargs.get("attention_mask")
         if mask is not None and mask.ndim == 2 and not mask[:, -1].all():
             raise ValueError(
@@ -95,7 +95,7 @@ class RecurrentGemmaGenerationMixin(GenerationMixin):
         return super()._prepare_attention_mask_for_generation(inputs_tensor, generation_config, model_kwargs)
 
     def _prepare_position_ids_for_generation(self, inputs_tensor: torch.Tensor, model_kwargs: dict[str, Any]) -> Any:
-        """Positions count tokens; padding behind them repeats the last one, so that the next token follows on."""
+        """Count tokens; padding on the right repeats the last position, so that the next token gets the next one."""
         mask = model_kwargs.get("attention_mask")
         if mask is None or mask.ndim != 2:
             return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
@@ -111,7 +111,7 @@ class RecurrentGemmaGenerationMixin(GenerationMixin):
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """As in Transformers; where a prompt is padded on the right, the next token follows its last token."""
+        """Do as Transformers; for prompts padded on the right, keep the logits of each row's last token."""
         mask, given = attention_mask, one_cache(cache, past_key_values)
         own = None if given is None else RecurrentGemmaCache.adopt(given, self.config)
         if own is not None and next_sequence_length is None:
@@ -125,7 +125,7 @@ class RecurrentGemmaGenerationMixin(GenerationMixin):
             **kwargs,
         )
         if own is not None:
-            # PEFT's prompt tuning looks for this name on every release, and without it puts its virtual tokens in anew.
+            # PEFT's prompt tuning reads this name on every release; without it, it adds its virtual tokens again.
             model_inputs["past_key_values"] = own
         new = model_inputs["input_ids"] if model_inputs.get("input_ids") is not None else model_inputs["inputs_embeds"]
         T = new.shape[1]
@@ -143,11 +143,11 @@ class RecurrentGemmaGenerationMixin(GenerationMixin):
         attention_mask: torch.Tensor | None,
         **kwargs: Any,
     ) -> dict[str, torch.Tensor] | None:
-        """What a compiled forward gets instead of the growing 2D mask, so that its shapes stay the same."""
+        """Return the mask of a compiled forward: only the new columns of the growing 2D mask, so that shapes stay."""
         if attention_mask is None:
             return None
         return {"is_token": attention_mask[:, -inputs_embeds.shape[1] :].bool()}
 
 
-# Tools look at a signature for what generate() takes, and people at its help.
+# For tools that inspect the signature, and for help().
 functools.update_wrapper(RecurrentGemmaGenerationMixin.generate, GenerationMixin.generate)

@@ -1,7 +1,7 @@
-"""Weight decay as Griffin is trained with: which parameters are spared, for any optimizer and for Trainer.
+"""Weight decay as in Griffin's training: which parameters it excludes, for any optimizer and for Trainer.
 
-The RG-LRU is what must not decay: a Lambda pulled to zero makes the recurrence forget within a few tokens, whatever
-the data say. Transformers' Trainer spares biases and norms by their names and knows nothing of Lambda.
+The RG-LRU must not decay: as Lambda goes to zero the recurrence forgets within a few tokens, regardless of the data.
+Transformers' Trainer excludes biases and norms by name, but not Lambda.
 """
 
 from collections.abc import Iterable
@@ -9,17 +9,17 @@ from typing import Any
 
 from torch import nn
 
-# Whole parts of parameter names: the RG-LRU (Lambda, gates and their biases), the embedding, tied to the head or not,
-# biases, and the lengths that DoRA learns.
+# Parts of parameter names, between dots: the RG-LRU (Lambda, gates and their biases), the embedding and the head,
+# biases, and DoRA's magnitudes.
 _SPARED = {"rg_lru", "embed_tokens", "lm_head", "bias", "lora_magnitude_vector"}
 
 
 def decayed_parameter_names(names: Iterable[str]) -> list[str]:
-    """Those of the names of parameters that weight decay is for.
+    """Return the parameter names that weight decay applies to.
 
-    Spared are the RG-LRU, the embedding, biases and norms, as in the official fine-tuning tutorial
+    It excludes the RG-LRU, the embedding, the head, biases and norms, as the official fine-tuning tutorial does
     (google-deepmind/recurrentgemma, colabs/fine_tuning_tutorial_jax.ipynb, `griffin_weight_decay_mask`). Names may have
-    prefixes, as PEFT, DDP, FSDP and torch.compile add them.
+    prefixes, as added by PEFT, DDP, FSDP and torch.compile.
     """
 
     def decays(name: str) -> bool:
@@ -30,16 +30,16 @@ def decayed_parameter_names(names: Iterable[str]) -> list[str]:
 
 
 def parameter_groups(model: nn.Module, weight_decay: float = 0.1) -> list[dict[str, Any]]:
-    """The trainable parameters as two groups for any torch optimizer: with and without weight decay.
+    """Return the trainable parameters in two groups for any torch optimizer: with and without weight decay.
 
     The tutorial's optimizer is `AdamW(parameter_groups(model), lr=1e-4, betas=(0.9, 0.96), eps=1e-8)`.
 
     Args:
         model: any model of this package, also wrapped (PEFT, DDP, FSDP, torch.compile).
-        weight_decay: for the matrices of the linear layers and the taps of the convolution.
+        weight_decay: that of the linear layers' weights and the convolution's taps.
 
     Raises:
-        ValueError: for a negative weight_decay, and where nothing is trainable.
+        ValueError: weight_decay is negative, or no parameter is trainable.
     """
     if weight_decay < 0:
         raise ValueError(f"weight_decay={weight_decay!r} must not be negative")
@@ -55,14 +55,14 @@ def parameter_groups(model: nn.Module, weight_decay: float = 0.1) -> list[dict[s
 
 
 class GriffinTrainerMixin:
-    """Makes a Trainer decay what `decayed_parameter_names` says, also under FSDP and DeepSpeed, where it has to make
-    the optimizer itself:
+    """Mixin with which a Trainer decays only `decayed_parameter_names`, also under FSDP and DeepSpeed, where Trainer
+    has to make the optimizer:
 
         class GriffinTrainer(GriffinTrainerMixin, Trainer): ...  # or trl's SFTTrainer, DPOTrainer
     """
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """Called by Trainer when it makes its optimizer."""
+        """Return the parameter names that Trainer's optimizer decays."""
         return decayed_parameter_names(name for name, _ in model.named_parameters())
 
 

@@ -1,6 +1,6 @@
-"""The depthwise causal convolution on a GPU, in Triton, and its gradients.
+"""Triton kernels of the depthwise causal convolution, forward and backward.
 
-Shapes: B batch, T tokens, D lru_width, K conv1d_width, F = T, or K - 1 + T with the inputs before the first token,
+Shapes: B batch, T tokens, D lru_width, K conv1d_width, F = T, or K - 1 + T with the earlier inputs in front,
 S segments of time.
 """
 
@@ -23,7 +23,7 @@ from .triton_tools import (
     triton,
 )
 
-STEPS = 32  # that a program holds at once, of `CHANNELS` channels, in 4 warps
+STEPS = 32  # time steps of a program's tile, times `CHANNELS` channels, in 4 warps
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -32,7 +32,7 @@ def conv_kernel(
     T, D, u_stride_B, u_stride_T, conv_tap_mask_stride_B,
     K: tl.constexpr, PAST: tl.constexpr, STEPS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """out (B, T, D); weight (K, D). PAST: rows of u before its first output."""
+    """Compute out (B, T, D); weight (K, D). PAST: rows of u before that of the first output."""
     program, b = own_row(tl.cdiv(D, CHANNELS) * tl.cdiv(T, STEPS))
     blocks = tl.cdiv(D, CHANNELS)
     c = program % blocks * CHANNELS + tl.arange(0, CHANNELS)[None, :]
@@ -56,9 +56,9 @@ def conv_backward_kernel(
     T, D, S, steps, dout_stride_B, dout_stride_T, u_stride_B, u_stride_T, conv_tap_mask_stride_B,
     K: tl.constexpr, PAST: tl.constexpr, SUMS: tl.constexpr, STEPS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """du (B, F, D), and sums over each segment's inputs, (B, S, K + 1, D): dweight, then dbias.
+    """Compute du (B, F, D), and sums over each segment's inputs, (B, S, K + 1, D): K rows of dweight, one of dbias.
 
-    SUMS is K + 1 rounded up to a power of 2.
+    SUMS: K + 1, rounded up to a power of 2.
     """
     block, b = own_row(tl.cdiv(D, CHANNELS))
     segment = tl.program_id(1)
@@ -77,7 +77,7 @@ def conv_backward_kernel(
             dout = tl.load(dout_ptr + b * dout_stride_B + t * dout_stride_T + c, mask=is_output & is_c, other=0.0)
             dout = dout.to(tl.float32)
             if tap == K - 1:
-                # Through the newest tap every output is met once.
+                # The newest tap reads every output's gradient exactly once.
                 dbias = tl.sum(dout, axis=0)
                 sums += tl.where(sum_row == K, dbias[None, :], 0.0)
             if conv_tap_mask_ptr is not None:

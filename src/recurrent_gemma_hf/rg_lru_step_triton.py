@@ -1,5 +1,5 @@
-"""One token of the recurrent block on a GPU, in Triton: a kernel for the convolution and its state, and one for the
-gates, the RG-LRU and the gelu gate.
+"""Triton kernels of the recurrent block for one token: one for the convolution and its state, one for the gates, the
+RG-LRU and the gelu gate.
 
 Shapes: B batch, D lru_width, H heads of the gates, d = D / H, K conv1d_width, C = K - 1, S rows of the pool of states.
 """
@@ -26,15 +26,14 @@ from .triton_tools import (
     triton,
 )
 
-# Rows of the batch; channels that a program convolves; outputs of a head that it computes, from `CHUNK` inputs at a
-# time. One program for a whole head took 32 us for one row: ten multiprocessors read 256 KB of weights each
-# (benchmarks/LOG.md).
+# Per program: rows of the batch; channels of the convolution; outputs of a head, from `CHUNK` inputs at a time. One
+# program for a whole head took 32 us for one row: ten multiprocessors read 256 KB of weights each (benchmarks/LOG.md).
 ROWS, CONVOLVED, OUTPUTS, CHUNK, WARPS = 16, 64, 32, 64, 4
 
 
 @triton.jit
 def dot(x, weight, total, UPCAST: tl.constexpr):
-    """total + x weight, accumulated in float32. The interpreter cannot multiply bfloat16."""
+    """Compute total + x weight, accumulated in float32. UPCAST: for the interpreter, which cannot multiply bfloat16."""
     if UPCAST:
         x, weight = x.to(tl.float32), weight.to(tl.float32)
     return tl.dot(x, weight, total, input_precision="ieee")
@@ -42,7 +41,7 @@ def dot(x, weight, total, UPCAST: tl.constexpr):
 
 @triton.jit
 def state_rows(index_ptr, b, B):
-    """The rows of the pool that rows b of the batch have, and where there is one."""
+    """Return the rows of the pool that belong to rows b of the batch, and which of these have one."""
     index, is_row = b, b < B
     if index_ptr is not None:
         index = tl.load(index_ptr + b, mask=is_row, other=-1).to(tl.int64)
@@ -52,7 +51,7 @@ def state_rows(index_ptr, b, B):
 
 @triton.jit
 def row_flag(flag_ptr, stride, b, is_row):
-    """One byte of a mask for each row; False where there is no mask."""
+    """Load one byte of a mask for each row; False without a mask."""
     result = b < 0
     if flag_ptr is not None:
         result = tl.load(flag_ptr + b * stride, mask=is_row, other=0) != 0
@@ -65,7 +64,7 @@ def conv_step_kernel(
     B, D, u_stride_B, state_stride_S, state_stride_T, state_stride_D, is_padding_stride_B, conv_tap_mask_stride_B,
     K: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """x (B, D), the convolution of one token, and its state one token further, in place. Weight (D, K)."""
+    """Compute the convolution x (B, D) of one token, and update its state in place. Weight (D, K)."""
     block, rows = own_row(tl.cdiv(D, CHANNELS))
     b = rows * ROWS + tl.arange(0, ROWS)[:, None]
     c = block * CHANNELS + tl.arange(0, CHANNELS)[None, :]
@@ -83,7 +82,7 @@ def conv_step_kernel(
             u = tl.where(in_document, u, 0.0)
         out += u * tl.load(weight_ptr + c * K + tap, mask=c < D, other=0.0).to(tl.float32)
     tl.store(x_ptr + b * D + c, out.to(x_ptr.dtype.element_ty), mask=(b < B) & (c < D))
-    tl.debug_barrier()  # every thread has read the old state before any writes the new one
+    tl.debug_barrier()  # all threads read the old state before any writes the new one
     for tap in tl.static_range(K - 1):
         tl.store(state + tap * state_stride_T, seen[tap + 1], mask=is_moved)
 
@@ -96,7 +95,8 @@ def rg_lru_step_kernel(
     C: tl.constexpr, UPCAST: tl.constexpr, HEAD: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr,
     OUTPUTS: tl.constexpr,
 ):  # fmt: skip
-    """out (B, D), and the state h in place. C: of equation 3; HEAD: d rounded up to a multiple of CHUNK."""
+    """Compute out (B, D), and update the state h in place. C: c of equation 3; HEAD: d rounded up to multiples of
+    CHUNK."""
     blocks = tl.cdiv(d, OUTPUTS)
     program, rows = own_row(D // d * blocks)
     head, outer = program // blocks, program % blocks * OUTPUTS + tl.arange(0, OUTPUTS)[None, :]
@@ -134,7 +134,7 @@ def step(
     flags: tuple[Tensor | None, ...],
     c: float,
 ) -> Tensor:
-    """Launch both kernels: see `rg_lru_step` in rg_lru.py. `c` is that of equation 3."""
+    """Compute `rg_lru_step` (rg_lru.py) by two kernels. `c` is that of equation 3."""
     conv_weight, conv_bias, r_weight, r_bias, i_weight, i_bias, recurrent_param = (p.contiguous() for p in parameters)
     (B, D), (H, d, _), K = u_BD.shape, r_weight.shape, conv_weight.shape[2]
     x_BD, out_BD = (allocate((B, D), u_BD.dtype, u_BD.device) for _ in range(2))

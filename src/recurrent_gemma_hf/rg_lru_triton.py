@@ -1,12 +1,12 @@
-"""The RG-LRU behind its gates' matmuls on a GPU, in Triton: coefficients, scan and gelu gate as one walk through time,
-forward and backward. See triton_tools.py.
+"""Triton kernels of the RG-LRU after the gates' matmuls: coefficients, scan and gelu gate fused, forward and backward.
+See triton_tools.py.
 
-The matmuls stay with cuBLAS: a kernel that computed the gates itself spilled its registers and took 5 to 6 times as
-long (benchmarks/LOG.md). In bfloat16, 10 bytes per element move forward and 18 backward (both with the gates, two
-numbers per channel); with several segments of time the inputs of the coefficients are read twice.
+cuBLAS computes the matmuls: a kernel that computed the gates itself spilled registers and took 5 to 6 times as long
+(benchmarks/LOG.md). Memory traffic in bfloat16, per element: 10 bytes forward and 18 backward, the gates' two values
+included; with several segments of time the inputs of the coefficients are read twice.
 
-Shapes: B batch, T tokens, D lru_width, H heads of the gates, d = D / H, N = B T, e = 2 d (the recurrence gate, then the
-input gate), S segments of time, M = T / `UNROLLED` states that are kept for the backward pass.
+Shapes: B batch, T tokens, D lru_width, H heads of the gates, d = D / H, N = B T, e = 2 d (recurrence gate, then input
+gate), S segments of time, M = T / `UNROLLED` states kept for the backward pass.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ from .triton_tools import (
 
 @triton.jit
 def coefficients(r, i, x, log_a_scale, is_reset, is_padding):
-    """a, the multiplier of x, x', exp(log a) and 1 - exp(2 log a), in float32.
+    """Compute a, the multiplier of x, x', exp(log a) and 1 - exp(2 log a), in float32.
 
-    log_a_scale: -c softplus(Lambda). Selected and not multiplied, so that NaN at padding stays there.
+    log_a_scale: -c softplus(Lambda). Padding is selected out, not multiplied by 0, so that NaN there has no effect.
     """
     log_a = r * log_a_scale
     a = tl.exp(log_a)
@@ -56,7 +56,7 @@ def coefficients(r, i, x, log_a_scale, is_reset, is_padding):
 
 @triton.jit
 def is_set(flag_ptr, row, t, T):
-    """One byte of a mask; False where there is no mask or no step."""
+    """Load one byte of a mask; False without a mask or outside 0 .. T - 1."""
     result = t < t
     if flag_ptr is not None:
         result = tl.load(flag_ptr + row + t, mask=(t >= 0) & (t < T), other=0) != 0
@@ -71,9 +71,9 @@ def rg_lru_kernel(
     x_stride_B, x_stride_T, y_stride_B, y_stride_T, reset_stride_B, is_padding_stride_B,
     SUMMARY: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """out (B, T, D), the last state (B, D), and the state before every `ROWS` steps (B, M, D) or None.
+    """Compute out (B, T, D), the last state (B, D), and the state before every `ROWS` steps (B, M, D) or None.
 
-    SUMMARY: instead what each segment makes of the state that enters it, decay and end (B, S, D).
+    SUMMARY: instead compute the summary of each segment, decay and end (B, S, D).
     """
     block, b = own_row(tl.cdiv(D, CHANNELS))
     channel, segment = block * CHANNELS + tl.arange(0, CHANNELS), tl.program_id(1)
@@ -104,7 +104,7 @@ def rg_lru_kernel(
                 tl.store(carry, h, mask=within(is_channel, start, T))
         for k in tl.static_range(ROWS):
             t = start + k
-            is_padding = is_set(is_padding_ptr, is_padding_row, t, T) | (t >= T)  # nothing happens behind the end
+            is_padding = is_set(is_padding_ptr, is_padding_row, t, T) | (t >= T)  # the state stays after the end
             r, i = sigmoid(r_pre[k] + r_bias), sigmoid(i_pre[k] + i_bias)
             a, _, gated, _, _ = coefficients(r, i, x[k], log_a_scale, is_set(reset_ptr, reset_row, t, T), is_padding)
             h = a * h + gated
@@ -130,12 +130,13 @@ def rg_lru_backward_kernel(
     dout_stride_B, dout_stride_T, x_stride_B, x_stride_T, y_stride_B, y_stride_T, reset_stride_B, is_padding_stride_B,
     MIN_4X: tl.constexpr, SUMMARY: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Backwards through time, from the gradients of out and of the last state.
+    """Compute the gradients, backwards in time, from those of out and of the last state.
 
-    Writes dx past the gates and dy (B, T, D); the gates' gradients before their sigmoids (H, N, e); dh0 (B, D); and
-    sums over each segment's time (B, S, 3, D): the gradients of log_a_scale and of both gates' biases.
+    Writes dx without the part through the gates, and dy (B, T, D); the gates' gradients before their sigmoids
+    (H, N, e); dh0 (B, D); and sums over each segment (B, S, 3, D): the gradients of log_a_scale and of both gates'
+    biases.
 
-    Segments count from the end. SUMMARY: as in `rg_lru_kernel`, for G_t = a_t g_t, the gradient of the state h_{t-1}.
+    Segments are counted from the end. SUMMARY: as in `rg_lru_kernel`, for G_t = a_t g_t, the gradient of h_{t-1}.
     """
     block, b = own_row(tl.cdiv(D, CHANNELS))
     channel, segment = block * CHANNELS + tl.arange(0, CHANNELS), tl.program_id(1)
@@ -173,7 +174,7 @@ def rg_lru_backward_kernel(
         else:
             x = load_rows(x_ptr, x_stride_T, start, T, is_channel, 0.0, ROWS)
             i_pre = load_rows(gates_ptr + gate + d, 2 * d, start, T, is_channel, 0.0, ROWS)
-            # Before time 0 there is nothing to do, and any state will do.
+            # Steps before time 0 have no effect, so any state serves there.
             carry = carries_ptr + (b * M + (start // ROWS) * (start >= 0)) * D + channel
             before = (tl.load(carry, mask=is_channel, other=0.0),)  # h_{t-1} of each step, and the last state
             for k in tl.static_range(ROWS):
@@ -226,7 +227,7 @@ def rg_lru_backward_kernel(
 
 
 def _launch(kernel: Any, shape: tuple[int, int, int], arguments: tuple[Any, ...], on: Tensor, **constants: Any) -> None:
-    """Launch a kernel, after its summaries where there are several segments."""
+    """Launch a kernel, with several segments first for the summaries."""
     B, _, D = shape
     blocks, S = -(-D // CHANNELS), constants.pop("S")
     constants |= {"CHANNELS": CHANNELS, "ROWS": UNROLLED, "num_warps": 1, **OPTIONS}
@@ -240,7 +241,7 @@ def forward(
     x_BTD: Tensor, y_BTD: Tensor, gates_HNe: Tensor, r_bias_Hd: Tensor, i_bias_Hd: Tensor, log_a_scale_D: Tensor,
     h0_BD: Tensor | None, reset_BT: Tensor | None, is_padding_BT: Tensor | None, keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Compute out (B, T, D), the last state (B, D), and with `keep` the states (B, M, D) that `backward` needs."""
+    """Compute out (B, T, D), the last state (B, D), and with `keep` the states (B, M, D) that `backward` reads."""
     (B, T, D), device = x_BTD.shape, x_BTD.device
     x_BTD, y_BTD, reset, is_padding = (
         rows_of_channels(x_BTD),
@@ -270,7 +271,8 @@ def backward(
     r_bias_Hd: Tensor, i_bias_Hd: Tensor, log_a_scale_D: Tensor, reset_BT: Tensor | None, is_padding_BT: Tensor | None,
     min_4x: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Compute dx past the gates, dy, the gradients of the gates, dh0, and the sums (3, D) over batch and time."""
+    """Compute dx without the part through the gates, dy, the gates' gradients, dh0, and the sums (3, D) over batch and
+    time of the gradients of log_a_scale and of both biases."""
     (B, T, D), device = x_BTD.shape, x_BTD.device
     x_BTD, y_BTD, dout_BTD = rows_of_channels(x_BTD), rows_of_channels(y_BTD), rows_of_channels(dout_BTD)
     reset, is_padding = flag(reset_BT), flag(is_padding_BT)

@@ -1,6 +1,6 @@
-"""The linear recurrence on a GPU, in Triton: h_t = a_t h_{t-1} + x_t and its gradients. See triton_tools.py.
+"""Triton kernels of the linear recurrence h_t = a_t h_{t-1} + x_t, forward and backward. See triton_tools.py.
 
-In bfloat16, 6 bytes per element move forward and 10 backward; with several segments of time, 4 more each.
+Memory traffic in bfloat16, per element: 6 bytes forward and 10 backward; with several segments of time, 4 more each.
 
 Shape suffixes: B batch, T time, D channels, S segments.
 """
@@ -38,9 +38,9 @@ def scan_kernel(
     T, D, S, steps, x_stride_B, x_stride_T, a_stride_B, a_stride_T,
     SUMMARY: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """All states (B, T, D), contiguous, and the last (B, D); h0 (B, D) contiguous or None.
+    """Compute all states (B, T, D), contiguous, and the last (B, D); h0 (B, D) contiguous or None.
 
-    SUMMARY: instead what each segment makes of the state that enters it, decay and end (B, S, D).
+    SUMMARY: instead compute the summary of each segment, decay and end (B, S, D).
     """
     block, b = own_row(tl.cdiv(D, CHANNELS))
     channel, segment = block * CHANNELS + tl.arange(0, CHANNELS), tl.program_id(1)
@@ -79,9 +79,9 @@ def scan_backward_kernel(
     T, D, S, steps, dh_stride_B, dh_stride_T, a_stride_B, a_stride_T,
     SUMMARY: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """dx, da (B, T, D) and dh0 (B, D), contiguous; h (B, T, D), h0 and dlast (B, D) contiguous.
+    """Compute dx, da (B, T, D) and dh0 (B, D), contiguous; h (B, T, D), h0 and dlast (B, D) contiguous.
 
-    Segments count from the end. SUMMARY: as in `scan_kernel`, for G_t = a_t g_t, the gradient of the state h_{t-1}.
+    Segments are counted from the end. SUMMARY: as in `scan_kernel`, for G_t = a_t g_t, the gradient of h_{t-1}.
     """
     block, b = own_row(tl.cdiv(D, CHANNELS))
     channel, segment = block * CHANNELS + tl.arange(0, CHANNELS), tl.program_id(1)
@@ -124,7 +124,7 @@ def scan_backward_kernel(
 
 
 def _launch(kernel: Any, x_BTD: Tensor, pointers: Any, strides: tuple[int, ...]) -> None:
-    """Launch a kernel, after its summaries where there are several segments. `pointers` takes these two."""
+    """Launch a kernel, with several segments first for the summaries. `pointers` takes decay and end."""
     B, T, D = x_BTD.shape
     blocks = -(-D // CHANNELS)
     S, steps = segments(B * blocks, T, UNROLLED)
@@ -137,7 +137,7 @@ def _launch(kernel: Any, x_BTD: Tensor, pointers: Any, strides: tuple[int, ...])
 
 
 def scan(x_BTD: Tensor, a_BTD: Tensor, h0_BD: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Compute all states, in the dtype of x, and the last in float32."""
+    """Compute all states, in the dtype of x, and the last state in float32."""
     x_BTD, a_BTD = rows_of_channels(x_BTD), rows_of_channels(a_BTD)
     h0_BD = None if h0_BD is None else h0_BD.contiguous()
     h_BTD = allocate(tuple(x_BTD.shape), x_BTD.dtype, x_BTD.device)

@@ -1,10 +1,9 @@
-"""What the Triton kernels share: launch configuration, segments of time, elementwise functions.
+"""Tools shared by the Triton kernels: launch configuration, segments of time, elementwise functions.
 
-Along time, a thread walks through the steps of a few channels one after the other, so a scan needs no communication.
-Where batch and channels alone leave a GPU idle, time is cut into segments (`segments`): each first finds what it makes
-of the state that enters it, h -> decay * h + end; then every segment composes the summaries of those before it
-(`compose_summaries`) and walks through its own time. Nothing is accumulated by atomics and no program waits for
-another, so results are the same bits every time.
+Each thread loops over the time steps of a few channels, so a scan needs no communication. If batch and channels alone
+do not fill the GPU, time is split into segments (`segments`): a first kernel reduces each segment to a summary, the
+affine map h -> decay * h + end; then every segment composes the summaries before it (`compose_summaries`) and scans its
+own steps. There are no atomics and no program waits for another, so results are bitwise reproducible.
 """
 
 from __future__ import annotations
@@ -29,24 +28,24 @@ __all__ = [
 ]  # fmt: skip
 
 # Measured on an H200 (benchmarks/LOG.md). Constants, so that the same input gives the same bits on every GPU.
-CHANNELS = 64  # of a program that walks through time: one warp, two channels per thread
-UNROLLED = 4  # steps that are loaded at once
-WANTED_PROGRAMS = 4224  # 32 warps for each of its 132 multiprocessors
+CHANNELS = 64  # per program of a scan: one warp, two channels per thread
+UNROLLED = 4  # steps loaded at once
+WANTED_PROGRAMS = 4224  # 32 warps for each of the H200's 132 multiprocessors
 MAX_SEGMENTS = 64
 
-# Products and sums in one rounding; and no loads ahead of time but where a loop asks for them by its own `num_stages`:
-# by default Triton keeps three copies of everything that a matmul reads.
+# Fused multiply-add; and no software pipelining unless a loop sets its own `num_stages`: by default Triton keeps three
+# copies of the operands of a matmul.
 OPTIONS = {"enable_fp_fusion": True, "num_stages": 1}
 
-# By default Triton compiles a kernel anew for sizes that are 1 or no multiple of 16: seconds, for a prompt of another
-# length. These do not decide which loads can be wide.
+# Not specialized: by default Triton recompiles a kernel, for seconds, when a size changes between 1, multiples of 16
+# and others, as prompt lengths do. These sizes do not affect vectorized loads.
 SIZES = ("B", "T", "S", "M", "N", "steps", "reset_stride_B", "is_padding_stride_B", "conv_tap_mask_stride_B")
 
 
 def segments(programs: int, T: int, unrolled: int) -> tuple[int, int]:
-    """Return (S, steps in each): into how many pieces time is cut when `programs` share the rest of the work.
+    """Return (S, steps in each): the segments of time, if `programs` share the rest of the work.
 
-    Several pieces read their inputs twice, so not where half of the GPU has work already.
+    Several segments read their inputs twice, so there is one if `programs` alone fill half of the GPU.
     """
     S = 1 if programs * 2 > WANTED_PROGRAMS else min(-(-WANTED_PROGRAMS // programs), MAX_SEGMENTS)
     tiles = -(-T // unrolled)
@@ -55,34 +54,34 @@ def segments(programs: int, T: int, unrolled: int) -> tuple[int, int]:
 
 
 def summaries(B: int, S: int, D: int, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
-    """Return memory for decay and end of S segments, (B, S, D) each in float32; nothing for one segment."""
+    """Allocate decay and end of S segments, (B, S, D) float32 each; None for one segment."""
     if S == 1:
         return None, None
     return allocate((B, S, D), torch.float32, device), allocate((B, S, D), torch.float32, device)
 
 
 def allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return memory for a result. The tests hand out NaN here, so that what a kernel does not write shows."""
+    """Allocate a result. Tests replace this to fill it with NaN, which shows what a kernel does not write."""
     return torch.empty(shape, dtype=dtype, device=device)
 
 
 def rows_of_channels(x_BTD: Tensor) -> Tensor:
-    """Return x with neighbouring channels next to each other; the kernels take any stride of batch and time."""
+    """Return x with contiguous channels; the kernels take any stride of batch and time."""
     return x_BTD if x_BTD.stride(-1) == 1 or x_BTD.shape[-1] == 1 else x_BTD.contiguous()
 
 
 def row_stride(tensor: Tensor | None) -> int:
-    """Return the stride from row to row of the batch; 0 where all share one."""
+    """Return the stride between rows of the batch; 0 if they share one row."""
     return 0 if tensor is None or tensor.shape[0] == 1 else tensor.stride(0)
 
 
 def flag(bools_BT: Tensor | None) -> Tensor | None:
-    """Return a mask as the kernels read it: bytes, one row behind the other."""
+    """Return a mask as the kernels read it: contiguous bytes."""
     return None if bools_BT is None else bools_BT.contiguous().view(torch.uint8)
 
 
 def on_device(tensor: Tensor) -> Any:
-    """Make the tensor's device the current one, on which Triton launches."""
+    """Return a context in which the tensor's device is the current one, on which Triton launches."""
     if tensor.device.type == "cpu":  # the interpreter
         return contextlib.nullcontext()
     return torch.get_device_module(tensor.device).device_of(tensor)
@@ -95,22 +94,22 @@ def is_interpreted() -> bool:
 
 @triton.jit
 def own_row(programs):
-    """This program among those of its row of the batch, and the row (int64): together on the grid's first axis, because
-    the others end at 65,535."""
+    """Split program_id(0) into the index within a row of the batch, and the row (int64). Both share the grid's first
+    axis, because the others are limited to 65,535."""
     return tl.program_id(0) % programs, (tl.program_id(0) // programs).to(tl.int64)
 
 
 @triton.jit
 def within(is_channel, t, T):
-    """is_channel where 0 <= t < T, else False. (In the interpreter a vector & a scalar is no mask.)"""
+    """Return is_channel if 0 <= t < T, else False. (In the interpreter a vector & a scalar is not a mask.)"""
     t = tl.where(is_channel, t, -1)
     return (t >= 0) & (t < T)
 
 
 @triton.jit
 def load_rows(pointers, stride, start, T, is_channel, other, ROWS: tl.constexpr):
-    """Rows start to start + ROWS of an array as a tuple of float32 vectors, `other` outside 0 .. T - 1. All of them
-    before any is used, so that the loads overlap."""
+    """Load rows start to start + ROWS as a tuple of float32 vectors, `other` outside 0 .. T - 1. All are loaded before
+    any is used, so that the loads overlap."""
     rows = ()
     for k in tl.static_range(ROWS):
         t = start + k
@@ -121,7 +120,7 @@ def load_rows(pointers, stride, start, T, is_channel, other, ROWS: tl.constexpr)
 
 @triton.jit
 def compose_summaries(h, decay_ptr, end_ptr, b, segment, S, D, channel):
-    """The state that enters a segment, from the one that enters the first. Summaries are (B, S, D)."""
+    """Compute the state that enters a segment from the state h that enters the first. Summaries are (B, S, D)."""
     first = b * S * D
     for s in range(segment):
         decay = tl.load(decay_ptr + first + s * D + channel, mask=channel < D, other=0.0)
@@ -132,19 +131,19 @@ def compose_summaries(h, decay_ptr, end_ptr, b, segment, S, D, channel):
 
 @triton.jit
 def finite(decay):
-    """A product that left float32 must not turn a zero state into NaN."""
+    """Clamp an overflowed product: inf times a state of 0 would be NaN."""
     return tl.minimum(tl.maximum(decay, -3.0e38), 3.0e38)
 
 
 @triton.jit
 def sigmoid(x):
-    """Of float32."""
+    """Compute the sigmoid of float32."""
     return 1.0 / (1.0 + tl.exp(-x))
 
 
 @triton.jit
 def softplus(x):
-    """log(1 + exp(x)) of float32. Where exp(x) is small, what it loses by rounding in 1 + exp(x) is made good."""
+    """Compute log(1 + exp(x)) of float32, corrected for the rounding of 1 + z, z = exp(-|x|)."""
     z = tl.exp(-tl.abs(x))
     one_and = 1.0 + z
     return tl.maximum(x, 0.0) + tl.where(one_and == 1.0, z, tl.log(one_and) * (z / tl.maximum(one_and - 1.0, 1e-30)))
@@ -152,7 +151,7 @@ def softplus(x):
 
 @triton.jit
 def gelu(y):
-    """gelu_tanh(y), and its derivative. tanh(x) = 2 sigmoid(2 x) - 1, so half of 1 + tanh(x) is a sigmoid."""
+    """Compute gelu_tanh(y) and its derivative. (1 + tanh(x)) / 2 = sigmoid(2 x)."""
     inner = 1.5957691216057308 * y * (1.0 + 0.044715 * y * y)  # 2 sqrt(2 / pi) (y + 0.044715 y^3)
     s = sigmoid(inner)
     slope = 1.5957691216057308 * (1.0 + 0.134145 * y * y)

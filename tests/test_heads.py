@@ -97,7 +97,7 @@ def test_sequence_classification_by_hand():
     embeds = model.model.embed_tokens(ids)
     mask = torch.ones_like(ids)
     torch.testing.assert_close(model(inputs_embeds=embeds, attention_mask=mask).logits, model(ids).logits, **CLOSE)
-    with pytest.raises(ValueError, match="which token is the last of each row"):
+    with pytest.raises(ValueError, match="the last token of each row is unknown"):
         model(inputs_embeds=embeds)
     model.config.pad_token_id = None
     with pytest.raises(ValueError, match=r"give an attention_mask, or set config\.pad_token_id"):

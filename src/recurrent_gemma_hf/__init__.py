@@ -1,8 +1,8 @@
 """RecurrentGemma, Griffin and Hawk for Hugging Face Transformers.
 
 Importing this package registers its classes with the Auto classes: `AutoModelForCausalLM.from_pretrained` and
-`pipeline` then use them for every checkpoint of model type "recurrent_gemma", instead of Transformers' own. It imports
-neither Transformers nor torch: each public name is imported from its file when it is first used (PEP 562).
+`pipeline` then use them for every checkpoint of model type "recurrent_gemma", instead of Transformers' own. The import
+loads neither Transformers nor torch: each public name is imported from its file on first use (PEP 562).
 """
 
 import importlib
@@ -63,7 +63,7 @@ def __dir__() -> list[str]:
 
 
 def demo_checkpoint() -> str:
-    """Path of the small Griffin that ships with the package (trained on Shakespeare; see its README.md)."""
+    """Return the path of the small Griffin that ships with the package (trained on Shakespeare; see its README.md)."""
     return str(Path(__file__).parent / "demo")
 
 

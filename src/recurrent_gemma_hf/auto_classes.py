@@ -1,14 +1,13 @@
-"""Registers our classes with Transformers without importing Transformers, torch or our own model files.
+"""Registration of our classes with Transformers, without importing Transformers, torch or our own model files.
 
-Each Auto mapping of Transformers holds names of classes, and by model type the module that a class is taken from when
-somebody asks for it (`_modules`, the same in 5.17 to 5.24). That module becomes this package, which in turn imports
-the file of a class when somebody asks for it. `AutoModel.register` would need the classes themselves: importing them
-doubles what `from transformers import AutoModelForCausalLM` takes, and fails where Transformers imports its Auto
-classes before the base classes that ours inherit from.
+Each Auto mapping of Transformers has class names and, by model type, the module that a class is imported from on first
+use (`_modules`, the same in 5.17 to 5.24). That module becomes this package, which in turn imports a class on first
+use. `AutoModel.register` would need the classes themselves: importing them doubles the time of `from transformers
+import AutoModelForCausalLM`, and fails where Transformers imports its Auto classes before the base classes of ours.
 
-Other tools, TRL's trainers and `transformers serve` among them, take the class that a checkpoint names from the module
-`transformers` itself. It holds by name the submodule that has a class (`_class_to_module`): that becomes an alias of
-this package. Transformers' own classes stay in `transformers.models.recurrent_gemma`.
+Other tools, such as TRL's trainers and `transformers serve`, take the class that a checkpoint names from the module
+`transformers` itself, which maps class names to submodules (`_class_to_module`): for our names, to an alias of this
+package. Transformers' own classes stay in `transformers.models.recurrent_gemma`.
 """
 
 import sys
@@ -39,18 +38,18 @@ def _enter_models(modeling_auto: ModuleType) -> None:
 
 def _enter_names(_: ModuleType) -> None:
     sys.modules[f"transformers.{_ALIAS}"] = sys.modules[__package__]
-    # Importing transformers.processing_utils replaces the module, and who imported it earlier keeps the one before.
+    # Importing transformers.processing_utils replaces the module; modules that imported it earlier keep the old one.
     namespaces = [getattr(module, "__dict__", {}) for module in list(sys.modules.values())]
     copies = [sys.modules["transformers"], *(names.get("transformers") for names in namespaces)]
     for transformers in copies:
         if isinstance(transformers, ModuleType) and hasattr(transformers, "_class_to_module"):
             for name in (*_MODELS.values(), "RecurrentGemmaConfig", "RecurrentGemmaPreTrainedModel"):
                 transformers._class_to_module[name] = _ALIAS
-                vars(transformers).pop(name, None)  # Transformers' own, if somebody has asked for it
+                vars(transformers).pop(name, None)  # Transformers' own class, if it was used already
 
 
 def register() -> None:
-    """Register now with what Transformers has imported, and with the rest as soon as it is imported."""
+    """Register with the modules of Transformers that are imported, and with the others when they are."""
     wrapt.register_post_import_hook(_enter_config, "transformers.models.auto.configuration_auto")
     wrapt.register_post_import_hook(_enter_models, "transformers.models.auto.modeling_auto")
     for module in ("transformers", "transformers.processing_utils"):

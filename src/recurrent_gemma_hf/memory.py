@@ -1,8 +1,8 @@
-"""What training takes: weights, gradients, optimizer and activations, computed before anything is allocated.
+"""Memory of a training step: weights, gradients, optimizer and activations, computed without allocating them.
 
-Activations are not a formula that could grow stale: the model itself, with its adapters, runs forward on the meta
-device, and what autograd would keep is added up. What is added by hand is stated beside it. benchmarks/memory.py
-compares the result with the allocator.
+Activations do not come from a formula: the model itself, with its adapters, runs forward on the meta device, and the
+tensors that autograd saves are added up. Comments mark the terms that are formulas. benchmarks/memory.py compares the
+result with the allocator.
 
 Shapes: B batch, T tokens, E hidden_size, V vocabulary.
 """
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Strategy:
-    """How the weights are held and which are trained, with AdamW."""
+    """Dtypes of weights and activations, and which weights are trained, with AdamW."""
 
     explanation: str
     bytes_per_weight: float  # of everything that is not quantized
@@ -51,15 +51,15 @@ STRATEGIES = {
 
 @dataclass(frozen=True)
 class TrainingMemory:
-    """Bytes on each device."""
+    """Bytes per device."""
 
     weights: int
     gradients: int
     optimizer: int
     activations: int  # kept from the forward pass for the backward pass
     loss: int  # blocks of logits and the gradient of the head, while the loss is computed
-    gathered: int  # weights that FSDP holds whole for a moment
-    peak: int  # of one step: not all of the above exist at a time
+    gathered: int  # weights that FSDP gathers temporarily
+    peak: int  # of one step; less than the sum, since not all of it exists at a time
 
 
 def training_memory(
@@ -72,20 +72,20 @@ def training_memory(
     devices: int = 1,
     rank: int = 16,
 ) -> TrainingMemory:
-    """The memory of one training step with AdamW, from the second step on.
+    """Compute the memory of one training step with AdamW, from the second step on.
 
     Args:
-        config: of the model; nothing is allocated.
+        config: the model's config; nothing is allocated.
         strategy: a key of `STRATEGIES`.
-        tokens: T, of one row.
-        batch_size: B, rows on each device.
-        checkpointing: activations of a layer are computed again in the backward pass.
-        devices: FSDP over so many: each holds its share of weights, gradients and optimizer.
-        rank: of the adapters.
+        tokens: T, the length of a row.
+        batch_size: B, rows per device.
+        checkpointing: whether the backward pass recomputes the activations of each layer.
+        devices: number of devices over which FSDP shards weights, gradients and optimizer.
+        rank: rank of the adapters.
 
     Raises:
-        ValueError: for an unknown strategy, and numbers below 1.
-        ModuleNotFoundError: where an adapter needs peft, and it is not installed.
+        ValueError: the strategy is unknown, or a number is below 1.
+        ModuleNotFoundError: the strategy has adapters, and peft is not installed.
     """
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy={strategy!r} is unknown; there are {', '.join(STRATEGIES)}")
@@ -101,14 +101,14 @@ def training_memory(
     gradients, optimizer = trained * bytes_per_trained, 2 * trained * bytes_per_trained
     per_layer, rest = _activations(model, batch_size, tokens)
     activations, recomputed = sum(per_layer) + rest, 0
-    if checkpointing:  # each layer's input stays, and one layer at a time is computed again
+    if checkpointing:  # each layer's input is saved, and one layer at a time is recomputed
         row = batch_size * tokens * config.hidden_size * how.compute_dtype.itemsize
         activations, recomputed = len(per_layer) * row + rest, max(per_layer)
     if how is STRATEGIES["full-amp"]:  # autocast's bfloat16 copies of the matrices are kept for the backward pass
         activations += sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear)) * 2
     loss = _loss(model, how, batch_size * tokens)
     gathered = _gathered(model, how) if devices > 1 else 0
-    # Head and embedding share their weight, and autograd adds their two gradients at the very end.
+    # Head and embedding share their weight, and autograd adds their two gradients at the end.
     twice = config.vocab_size * config.hidden_size * bytes_per_trained if not how.has_adapter else 0
     at_the_loss = activations + max(loss, recomputed)
     at_the_end = gradients / devices + twice
@@ -125,7 +125,7 @@ def _on_meta(config: RecurrentGemmaConfig, how: Strategy, rank: int) -> Recurren
             return model
         from peft import LoraConfig, get_peft_model
 
-        # In the activations' dtype, as autocast has them; what their float32 weights take is counted by number.
+        # In the activations' dtype, as under autocast; their float32 weights are counted separately.
         lora = LoraConfig(r=rank, target_modules=list(LINEAR_LAYERS))
         with warnings.catch_warnings():  # peft asks Transformers 5.23 for something under its old name
             warnings.simplefilter("ignore", FutureWarning)
@@ -133,7 +133,7 @@ def _on_meta(config: RecurrentGemmaConfig, how: Strategy, rank: int) -> Recurren
 
 
 def _count(model: nn.Module, how: Strategy) -> tuple[int, int, int]:
-    """Numbers of trained, frozen and, among these, quantized weights."""
+    """Count the trained, the frozen and, among these, the quantized weights."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
     if how.bytes_per_quantized_weight is None:
@@ -143,7 +143,7 @@ def _count(model: nn.Module, how: Strategy) -> tuple[int, int, int]:
 
 
 class _FusedAttention(TorchFunctionMode):
-    """On the meta device attention would be traced as products of T x T; everywhere else a fused kernel runs."""
+    """Mode that calls a fused attention kernel: on the meta device attention would be traced as T x T matmuls."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -155,7 +155,7 @@ class _FusedAttention(TorchFunctionMode):
 
 @contextmanager
 def _kept_for_backward(model: nn.Module) -> Iterator[dict[Any, int]]:
-    """Collects the storages that autograd keeps, without those of the weights, which are there anyway."""
+    """Collect the storages that autograd saves, except those of the weights."""
     kept: dict[Any, int] = {}
     alive: list[Tensor] = []  # a freed storage's address would be given to another
     weights = {p.untyped_storage()._cdata for p in model.parameters()}
@@ -172,7 +172,7 @@ def _kept_for_backward(model: nn.Module) -> Iterator[dict[Any, int]]:
 
 
 def _activations(model: nn.Module, batch_size: int, tokens: int) -> tuple[list[int], int]:
-    """Bytes kept for the backward pass by each layer, and by everything else."""
+    """Return the bytes saved for the backward pass, by each layer and by everything else."""
     layers = next(module for name, module in model.named_modules() if name.endswith("model.layers"))
     per_layer: list[int] = []
     ids = torch.zeros(batch_size, tokens, dtype=torch.long, device="meta")
@@ -187,8 +187,8 @@ def _activations(model: nn.Module, batch_size: int, tokens: int) -> tuple[list[i
 
 
 def _loss(model: Any, how: Strategy, tokens: int) -> int:
-    """Blocks of logits at a time (cross_entropy.py): two in float32, one more in a narrower dtype; and the
-    gradient of the head where it is trained."""
+    """Return the bytes of the loss (cross_entropy.py): two blocks of logits in float32, one more in a narrower dtype,
+    and the gradient of the head if it is trained."""
     from .cross_entropy import BLOCK_ELEMENTS
 
     head = model.get_output_embeddings()
@@ -200,7 +200,7 @@ def _loss(model: Any, how: Strategy, tokens: int) -> int:
 
 
 def _gathered(model: nn.Module, how: Strategy) -> int:
-    """FSDP's root (embedding and head) stays whole during a step, and two layers at a time: the next is prefetched."""
+    """Return the bytes that FSDP gathers: embedding and head during the whole step, and two layers (one prefetched)."""
     layers = next(module for name, module in model.named_modules() if name.endswith("model.layers"))
     sizes = [sum(p.numel() for p in layer.parameters()) for layer in layers]
     root = sum(p.numel() for p in model.parameters()) - sum(sizes)

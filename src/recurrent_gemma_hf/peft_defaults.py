@@ -1,7 +1,7 @@
-"""Says what PEFT adapts in this model where a config names no `target_modules`.
+"""Defaults for PEFT's `target_modules`.
 
-PEFT keeps one table per method, from model types to names of modules. The entries for this model are made from those
-for Gemma as soon as PEFT is imported, whenever that is: importing it here would cost everybody a second or two.
+PEFT has one table per method, from model types to module names. The entries for this model are derived from Gemma's
+when PEFT is imported; importing it here would cost every user one or two seconds.
 """
 
 from types import ModuleType
@@ -14,8 +14,8 @@ LINEAR_LAYERS = [
     "q_proj", "k_proj", "v_proj", "o_proj", "linear_x", "linear_y", "linear_out", "gate_proj", "up_proj", "down_proj",
 ]  # fmt: skip
 
-# Gemma's modules, and what has their part in our attention layers and recurrent layers: the recurrence runs over
-# linear_x as attention sums values, and linear_y decides per token what is read of it, as a query does.
+# Gemma's modules and those with the same role in our attention and recurrent layers: the recurrence sums linear_x as
+# attention sums values, and linear_y decides per token what is read of it, as a query does.
 _OF_GEMMA = {
     "q_proj": ("q_proj", "linear_y"),
     "k_proj": ("k_proj",),
@@ -31,7 +31,7 @@ _OF_GEMMA = {
 
 
 def _enter(constants: ModuleType) -> None:
-    """Enter every linear layer where Gemma has LoRA's default (q and v), and the corresponding modules elsewhere."""
+    """Add our modules to each table: all linear layers where Gemma has LoRA's default, else the corresponding ones."""
     lora = constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING["gemma"]
     for table in vars(constants).values():
         gemma = table.get("gemma") if isinstance(table, dict) else None
@@ -41,5 +41,5 @@ def _enter(constants: ModuleType) -> None:
 
 
 def register() -> None:
-    """Enter the defaults now if PEFT is imported, else when it is."""
+    """Add the defaults if PEFT is imported, else when it is."""
     wrapt.register_post_import_hook(_enter, "peft.utils.constants")

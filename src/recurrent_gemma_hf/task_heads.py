@@ -1,4 +1,4 @@
-"""Heads for other tasks than the next token: a label per sequence, a label per token, the place of an answer.
+"""Heads for sequence classification, token classification and question answering.
 
 Shapes: B batch, T tokens.
 """
@@ -24,7 +24,7 @@ from .transformers_compat import (
 def _last_token(
     config: RecurrentGemmaConfig, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, B: int, T: int
 ) -> torch.Tensor | None:
-    """(B, 1) column of the last token of each row; None where nothing tells padding apart."""
+    """Return the column of each row's last token, (B, 1); None, for one row, if nothing identifies padding."""
     if attention_mask is not None and attention_mask.ndim == 2:
         tokens = attention_mask[:, -T:].bool()
     elif input_ids is not None and config.pad_token_id is not None:
@@ -33,7 +33,7 @@ def _last_token(
         return None
     else:
         raise ValueError(
-            "which token is the last of each row? give an attention_mask, or set config.pad_token_id for input_ids"
+            "the last token of each row is unknown; give an attention_mask, or set config.pad_token_id for input_ids"
         )
     return last_true(tokens)
 
@@ -41,9 +41,9 @@ def _last_token(
 def _of_the_batch(
     loss: torch.Tensor, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None
 ) -> torch.Tensor:
-    """Return the share of a mean over these labels in the mean over all labels of an accumulated batch.
+    """Scale the mean over these labels to its share of the mean over all labels of an accumulated batch.
 
-    Trainer counts them (`num_items_in_batch`) and then adds up the losses of its parts.
+    Trainer counts those (`num_items_in_batch`) and adds up the losses of the micro-batches.
     """
     if num_items_in_batch is None:
         return loss
@@ -58,7 +58,7 @@ def _refuse_shard(kwargs: dict[str, Any]) -> None:
 
 
 class RecurrentGemmaForSequenceClassification(RecurrentGemmaPreTrainedModel):
-    """One label (or `num_labels` values) per sequence, read from its last token."""
+    """RecurrentGemma with one label, or `num_labels` values, per sequence, computed from its last token."""
 
     def __init__(self, config: RecurrentGemmaConfig) -> None:
         super().__init__(config)
@@ -78,8 +78,9 @@ class RecurrentGemmaForSequenceClassification(RecurrentGemmaPreTrainedModel):
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs: Any,
     ) -> RecurrentGemmaSequenceClassifierOutput:
-        """logits (B, num_labels). labels (B,) int64, or float for regression and multi-label problems; padding is
-        told by the attention_mask, else by config.pad_token_id. Other arguments as in `RecurrentGemmaModel`."""
+        """Return logits (B, num_labels) and, with labels (B,) int64 (float for regression and multi-label problems),
+        the loss. The attention_mask, else config.pad_token_id, identifies padding. Other arguments as in
+        `RecurrentGemmaModel`."""
         _refuse_shard(kwargs)
         outputs = self.model(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, inputs_embeds=inputs_embeds,
@@ -102,7 +103,7 @@ class RecurrentGemmaForSequenceClassification(RecurrentGemmaPreTrainedModel):
 
 
 class RecurrentGemmaForTokenClassification(RecurrentGemmaPreTrainedModel):
-    """One label per token."""
+    """RecurrentGemma with one label per token."""
 
     def __init__(self, config: RecurrentGemmaConfig) -> None:
         super().__init__(config)
@@ -121,7 +122,8 @@ class RecurrentGemmaForTokenClassification(RecurrentGemmaPreTrainedModel):
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs: Any,
     ) -> TokenClassifierOutput:
-        """logits (B, T, num_labels). labels (B, T) int64, -100 ignored. Other arguments as in `RecurrentGemmaModel`."""
+        """Return logits (B, T, num_labels) and, with labels (B, T) int64 (-100 ignored), the loss. Other arguments as
+        in `RecurrentGemmaModel`."""
         _refuse_shard(kwargs)
         outputs = self.model(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, return_dict=True, **kwargs
@@ -135,7 +137,7 @@ class RecurrentGemmaForTokenClassification(RecurrentGemmaPreTrainedModel):
 
 
 class RecurrentGemmaForQuestionAnswering(RecurrentGemmaPreTrainedModel):
-    """Start and end of an answer in the text."""
+    """RecurrentGemma that finds the start and end of an answer in the text."""
 
     def __init__(self, config: RecurrentGemmaConfig) -> None:
         super().__init__(config)
@@ -154,7 +156,8 @@ class RecurrentGemmaForQuestionAnswering(RecurrentGemmaPreTrainedModel):
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs: Any,
     ) -> QuestionAnsweringModelOutput:
-        """start_logits and end_logits (B, T); positions (B,) int64. Other arguments as in `RecurrentGemmaModel`."""
+        """Return start_logits and end_logits (B, T) and, with positions (B,) int64, the loss. Other arguments as in
+        `RecurrentGemmaModel`."""
         _refuse_shard(kwargs)
         outputs = self.model(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, return_dict=True, **kwargs

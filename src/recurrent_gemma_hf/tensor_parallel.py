@@ -1,8 +1,8 @@
-"""Tensor parallelism: what Transformers' sharding styles lack for this model, see `config.base_model_tp_plan`.
+"""Tensor parallelism: the sharding styles that Transformers lacks for this model, see `config.base_model_tp_plan`.
 
-Every rank computes some of the heads. A head is a slice of channels in the recurrent layers too: the gates are
-block-diagonal with one block per head, the convolution and the recurrence work on each channel by itself, so nothing
-passes between ranks from `linear_x` to `linear_out`. Caches hold the rank's own channels and the one key/value head.
+Each rank computes some of the heads. In recurrent layers too a head is a slice of channels: the gates are
+block-diagonal with one block per head, and convolution and recurrence are per channel, so ranks do not communicate
+between `linear_x` and `linear_out`. Caches hold the rank's own channels and the one key/value head.
 
 Shapes: B batch, T tokens, D lru_width, H heads, d = D / H, K conv1d_width, G key/value heads, h head_dim.
 """
@@ -19,7 +19,7 @@ from .transformers_compat import ALL_PARALLEL_STYLES, TensorParallelLayer
 
 
 def check_tensor_parallel(config: RecurrentGemmaConfig, ranks: int) -> None:
-    """Raises ValueError, with the values, where this model cannot be split over `ranks`."""
+    """Raise ValueError, with the values, if this model cannot be split over `ranks`."""
     what = f"tensor parallelism over {ranks} ranks"
     for name, size in (
         ("num_attention_heads", config.num_attention_heads),
@@ -39,8 +39,8 @@ def _register_styles() -> None:
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
     class LocalParallel(TensorParallelLayer):
-        """A module that works on the rank's own tensors, with its parameters cut along their first dimension (D, H, or
-        the D of (D, 1, K)) or whole. Whole ones are DTensors too: clipping and optimizers refuse a mixture."""
+        """Style of a module that computes on local tensors, its parameters sharded along their first dimension (D or H)
+        or replicated. Replicated ones are DTensors too, because clipping and optimizers reject a mixture."""
 
         def __init__(self, placement: Any) -> None:
             self.placement = placement
@@ -55,8 +55,8 @@ def _register_styles() -> None:
                 module._parameters[param] = torch.nn.Parameter(placed, requires_grad=whole.requires_grad)
 
     class SharedHeadParallel(LocalParallel):
-        """A projection that every rank computes whole, (B, T, G h), and whose output each uses for its own queries: the
-        gradients of the output are summed over the ranks, so those of input and parameters are whole everywhere."""
+        """Style of a replicated projection, (B, T, G h), whose output each rank uses for its own queries. The output's
+        gradients are summed over the ranks, so every rank has the full gradients of input and parameters."""
 
         def transform_output_post_forward(self, module: torch.nn.Module, output: torch.Tensor, mesh: Any) -> Any:
             if not output.requires_grad:

@@ -1,10 +1,9 @@
-"""All that this package knows of Transformers beyond its documentation, and the only file that does.
+"""The only file that depends on undocumented parts of Transformers.
 
-It holds the releases that are tested, how they differ, and the names that we override or that no page of the
-documentation promises. Other files import from the top level of `transformers` and the rest from here;
-tests/test_transformers_compat.py holds them to it, and the lists below to the code. One name is elsewhere: `_modules`
-of the Auto mappings, in auto_classes.py, which must not import Transformers. A checkpoint carries this file to the Hub
-with the others.
+It lists the tested releases, their differences, and the names that we override or that the documentation does not
+promise. Other files import from the top level of `transformers`, and everything else from here;
+tests/test_transformers_compat.py checks this, and the lists below. One exception: `_modules` of the Auto mappings, in
+auto_classes.py, which must not import Transformers. This file is part of the code that a checkpoint carries to the Hub.
 """
 
 from __future__ import annotations
@@ -36,8 +35,8 @@ logger = logging.get_logger(__name__)
 
 # --- Names ------------------------------------------------------------------------------------------------------------
 
-# What our classes override, by the class of Transformers that it comes from. All of it was read in 5.17.0, 5.19.0,
-# 5.23.0 and 5.24.0; where these differ, the sections below say how.
+# The names that our classes override, by class of Transformers; compared in the sources of 5.17.0, 5.19.0, 5.23.0 and
+# 5.24.0, whose differences the sections below handle.
 OVERRIDDEN = {
     "PreTrainedModel": (
         "_can_compile_fullgraph _init_weights _keep_in_fp32_modules _no_split_modules _skip_keys_device_placement "
@@ -64,8 +63,8 @@ OVERRIDDEN = {
     ),
     "TensorParallelLayer": "shard_param should_use_local_tensors transform_output_post_forward",
 }
-# What they read that is private by its name, or that is documented nowhere. generate() also looks for a function
-# `create_masks_for_generate` on the model, which has none by itself (5.17 to 5.24).
+# The private or undocumented attributes that they read. generate() also calls `create_masks_for_generate` of a model
+# that defines it (5.17 to 5.24).
 READ = {
     "PreTrainedModel": "hf_quantizer loss_function tp_size",
     "PreTrainedConfig": "_attn_implementation",
@@ -78,8 +77,8 @@ READ = {
 
 # --- Releases -----------------------------------------------------------------------------------------------------
 
-# From the first up to but without the second: `dependencies` in pyproject.toml says the same. The whole test suite runs
-# on the first and the last release in it; CHANGELOG.md says what ran on those between.
+# From the first, up to and excluding the second, as `dependencies` in pyproject.toml. The whole test suite runs on the
+# first and the last release of this range; CHANGELOG.md states what ran on those between.
 SUPPORTED_RELEASES = ("5.17", "5.25")
 
 
@@ -88,7 +87,7 @@ def _release(version: str) -> tuple[int, ...]:
 
 
 def release_problem(version: str) -> str | None:
-    """Return what to tell the user of a release outside `SUPPORTED_RELEASES`; None for one inside."""
+    """Return the warning for a release outside `SUPPORTED_RELEASES`; None for one inside."""
     low, high = map(_release, SUPPORTED_RELEASES)
     if low <= _release(version) < high:
         return None
@@ -102,14 +101,14 @@ def release_problem(version: str) -> str | None:
 if (_problem := release_problem(transformers.__version__)) is not None:
     logger.warning_once(_problem)
 
-# Before 5.21 generate() cuts a prompt into chunks as if no cache had read its beginning.
+# Before 5.21, chunked prefill in generate() ignores that a cache may hold the beginning of the text.
 CONTINUES_IN_CHUNKS = _release(transformers.__version__) >= (5, 21)
 
 # --- The name of the cache ----------------------------------------------------------------------------------------
 
-# From 5.24 on the cache is `cache` in forward(), generate(), their hooks and outputs; before it was `past_key_values`,
-# which 5.24 still takes, with a warning, until 5.40 (generate() until 6.0). Our classes take both names on every
-# release, their outputs answer to both, and neither warns. This is the one that the installed release looks for.
+# From 5.24 the cache is called `cache` in forward(), generate(), their hooks and outputs; before, `past_key_values`,
+# which 5.24 still accepts, with a warning, until 5.40 (generate() until 6.0). Our classes and their outputs accept both
+# names on every release, without a warning. CACHE_NAME is the one that the installed release uses.
 _OUTPUT_FIELDS = {field.name for field in dataclasses.fields(CausalLMOutputWithPast)}
 CACHE_NAME, _OTHER_CACHE_NAME = (
     ("cache", "past_key_values") if "cache" in _OUTPUT_FIELDS else ("past_key_values", "cache")
@@ -117,10 +116,10 @@ CACHE_NAME, _OTHER_CACHE_NAME = (
 
 
 def one_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
-    """Return the cache that a caller gave under either of its names.
+    """Return the cache that a caller passed under either of its names.
 
     Raises:
-        ValueError: for two different ones, and for what is no Cache (a tuple of tensors, as Transformers 4 had it).
+        ValueError: two different caches, or an object that is not a Cache (a tuple of tensors, as in Transformers 4).
     """
     if cache is not None and past_key_values is not None and cache is not past_key_values:
         raise ValueError("cache and past_key_values are two names of one argument, and two caches came; give one")
@@ -131,7 +130,7 @@ def one_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | Non
 
 
 class _BothCacheNames:
-    """Makes an output answer to both names of the cache: as an argument, an attribute, a key, in get() and in `in`."""
+    """Mixin for outputs that have the cache under both names: as argument, attribute, key, in get() and `in`."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         if _OTHER_CACHE_NAME in kwargs:
@@ -151,7 +150,7 @@ class _BothCacheNames:
         return super().__contains__(CACHE_NAME if key == _OTHER_CACHE_NAME else key)  # type: ignore[misc]
 
     def get(self, key: Any, default: Any = None) -> Any:
-        """As a dict's; None is not stored, as everywhere in Transformers' outputs."""
+        """Do as dict.get; None is not stored, as in all outputs of Transformers."""
         return super().get(CACHE_NAME if key == _OTHER_CACHE_NAME else key, default)  # type: ignore[misc]
 
 
@@ -160,12 +159,12 @@ setattr(_BothCacheNames, _OTHER_CACHE_NAME, property(lambda output: getattr(outp
 
 @dataclasses.dataclass(init=False)
 class RecurrentGemmaModelOutput(_BothCacheNames, BaseModelOutputWithPast):
-    """BaseModelOutputWithPast whose cache answers to both names."""
+    """BaseModelOutputWithPast with both names of the cache."""
 
 
 @dataclasses.dataclass(init=False)
 class RecurrentGemmaCausalLMOutput(_BothCacheNames, CausalLMOutputWithPast):
-    """CausalLMOutputWithPast whose cache answers to both names."""
+    """CausalLMOutputWithPast with both names of the cache."""
 
 
 _LossFields = dataclasses.make_dataclass(
@@ -177,7 +176,7 @@ _LossFields = dataclasses.make_dataclass(
 
 @dataclasses.dataclass(init=False)
 class RecurrentGemmaLossOutput(_BothCacheNames, _LossFields):  # type: ignore[misc, valid-type]
-    """What CausalLMOutputWithPast has, but for the logits: asking for them is an error that says how to get them."""
+    """CausalLMOutputWithPast without logits; reading them raises an error that names the switch."""
 
     def __getattr__(self, name: str) -> Any:
         if name == "logits":
@@ -191,15 +190,15 @@ class RecurrentGemmaLossOutput(_BothCacheNames, _LossFields):  # type: ignore[mi
 
 
 _NO_LOGITS = (
-    "while training with labels the loss is computed without the logits, which at 256,000 words take most of the "
-    "memory; to have them, set model.config.fuse_linear_cross_entropy = False or load with "
+    "while training with labels the loss is computed without the logits, which take most of the memory with a "
+    "vocabulary of 256,000; to have them, set model.config.fuse_linear_cross_entropy = False or load with "
     "from_pretrained(..., fuse_linear_cross_entropy=False)"
 )
 
 
 @dataclasses.dataclass(init=False)
 class RecurrentGemmaSequenceClassifierOutput(_BothCacheNames, SequenceClassifierOutputWithPast):
-    """SequenceClassifierOutputWithPast whose cache answers to both names."""
+    """SequenceClassifierOutputWithPast with both names of the cache."""
 
 
 @dataclasses.dataclass(init=False)
@@ -213,10 +212,10 @@ class _GenerateBeamOutput(_BothCacheNames, GenerateBeamDecoderOnlyOutput):
 
 
 def unread_columns(cache: Cache, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> int | None:
-    """Return how many columns of the text the cache has not read, where generate() hands over the whole text again.
+    """Return the number of columns that the cache has not read, if generate() passes the whole text again.
 
-    It does so without saying how much is new (`next_sequence_length`) when assisted decoding goes on from a cache, in
-    5.17 to 5.24. None: `input_ids` (B, T) are the new columns alone, or nothing was read yet.
+    When assisted decoding continues from a cache, it does so without `next_sequence_length` (5.17 to 5.24). None:
+    `input_ids` (B, T) are only the new columns, or the cache is empty.
     """
     seen = cache.get_seq_length()
     is_whole = attention_mask is not None and attention_mask.shape[1] == input_ids.shape[1] > seen > 0
@@ -224,7 +223,7 @@ def unread_columns(cache: Cache, input_ids: torch.Tensor, attention_mask: torch.
 
 
 def with_both_cache_names(generated: Any) -> Any:
-    """Return what generate() returned, its cache answering to both names where it is an output and not a tensor."""
+    """Return the result of generate(), with both names of the cache if it is an output and not a tensor."""
     kinds = {GenerateDecoderOnlyOutput: _GenerateOutput, GenerateBeamDecoderOnlyOutput: _GenerateBeamOutput}
     kind = kinds.get(type(generated))
     return generated if kind is None else kind(**generated)
@@ -234,18 +233,16 @@ def with_both_cache_names(generated: Any) -> Any:
 
 
 def transformers_command() -> Any:
-    """Return the `transformers` command as a typer app, able to serve.
+    """Return the `transformers` command as a typer app.
 
     Raises:
-        ModuleNotFoundError: with what to install, where Transformers' server cannot run.
+        ModuleNotFoundError: `transformers serve` lacks packages; the message names the remedy.
     """
     from transformers.cli.transformers import app
     from transformers.utils import import_utils
 
     if not import_utils.is_serve_available():
-        raise ModuleNotFoundError(
-            'what `transformers serve` needs is not installed; run: pip install "transformers[serving]"'
-        )
+        raise ModuleNotFoundError('`transformers serve` lacks packages; run: pip install "transformers[serving]"')
     return app
 
 

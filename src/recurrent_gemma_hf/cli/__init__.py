@@ -1,1 +1,1 @@
-"""The `recurrent-gemma` command: app.py is its head, and each subject has a file. Nothing else imports this folder."""
+"""The `recurrent-gemma` command, with app.py as its entry point. No other part of the package imports this folder."""

@@ -1,7 +1,7 @@
-"""The `recurrent-gemma` command: `generate` writes text, `chat` talks, `serve` answers over HTTP, `info` describes a
-model without loading it, `memory` says what training it takes, `eval` measures one, `run` starts another program.
+"""The `recurrent-gemma` command: `generate` writes text, `chat` holds a conversation, `serve` serves over HTTP, `info`
+describes a model without loading it, `memory` computes what training needs, `eval` measures, `run` starts a program.
 
-Whatever the user got wrong ends in one line on stderr, with the remedy, and exit status 2.
+Every error of the user's input is one line on stderr, with the remedy, and exit status 2.
 """
 
 from __future__ import annotations

@@ -81,7 +81,7 @@ def chat(
 
 
 def _obey(conversation: Conversation, line: str) -> str:
-    """Carries out a line that begins with a slash and returns what to tell the user; no mistake ends the chat."""
+    """Execute a command of the chat and return the message for the user; no error ends the chat."""
     command, _, argument = line.partition(" ")
     path = Path(argument.strip()).expanduser()
     if command == "/reset":

@@ -1,4 +1,4 @@
-"""One conversation: a model, its tokenizer and one cache, whose size does not depend on the length of the talk.
+"""A conversation: a model, its tokenizer and one cache of constant size.
 
 The commands import this file when a conversation begins: unlike theirs, its head imports torch and Transformers.
 """
@@ -18,15 +18,15 @@ from transformers import PreTrainedTokenizerBase, StoppingCriteriaList, TextStre
 
 from .. import RecurrentGemmaCache, RecurrentGemmaForCausalLM
 
-# Tokens of a prompt that are read at once, so that a book takes no more memory than a page.
+# Tokens of a prompt per forward, so that a book takes no more memory than a page.
 PREFILL_CHUNK = 4096
 
 
 class Conversation:
-    """A model, its tokenizer and ONE cache: every turn runs the model over the new tokens alone.
+    """A model, its tokenizer and one cache: every turn runs the model over the new tokens only.
 
-    The last token of an answer is drawn but never read by the model, so it waits in `pending` for the next turn. An
-    end-of-sequence token is dropped instead: the chat template closes the turn, and a plain text goes on.
+    The last token of an answer is sampled but not read by the model, so `pending` keeps it for the next turn. An
+    end-of-sequence token is dropped: the chat template closes the turn, and plain text continues.
     """
 
     def __init__(
@@ -37,19 +37,19 @@ class Conversation:
         self.reset()
 
     def reset(self) -> None:
-        """Forgets everything said so far."""
+        """Forget the conversation so far."""
         self.cache = RecurrentGemmaCache(self.model.config)
         self.pending: list[int] = []
 
     def ask(self, text: str, *, echo: bool = False) -> str:
-        """Prints the answer to `text` as it comes, after `text` itself with `echo`; returns a line about the speed."""
+        """Stream the answer to `text` to stdout, with `echo` after `text` itself; return a line about the speed."""
         past = self.cache.get_seq_length()
         new = self.pending + self._encode(text)
         meter = Meter(self.tokenizer, echo)
         with _interrupt_as_criterion() as interrupted:
             output = self.model.generate(
                 torch.tensor([new], device=self.model.device),
-                # The mask of the whole conversation tells generate() that these are the new tokens alone.
+                # A mask of the whole conversation tells generate() that these are only the new tokens.
                 attention_mask=torch.ones(1, past + len(new), dtype=torch.long, device=self.model.device),
                 cache=self.cache,
                 streamer=meter,
@@ -64,7 +64,7 @@ class Conversation:
         return meter.report()
 
     def save(self, path: Path) -> None:
-        """Writes the state to `path`, whose size does not depend on the length of the conversation."""
+        """Write the state to `path`, in constant size."""
         if self.pending:
             with torch.no_grad():
                 pending = torch.tensor([self.pending], device=self.model.device)
@@ -73,7 +73,7 @@ class Conversation:
         self.cache.save(path)
 
     def load(self, path: Path) -> int:
-        """Goes on from what `save` wrote; returns the number of tokens in it. Raises OSError or ValueError."""
+        """Continue from what `save` wrote; return the number of tokens in it. Raises OSError or ValueError."""
         cache = RecurrentGemmaCache.load(path, self.model.config, device=self.model.device)
         if cache.batch_size != 1:
             raise ValueError(f"{path} holds {cache.batch_size} conversations; a chat goes on from exactly one")
@@ -81,7 +81,7 @@ class Conversation:
         return cache.get_seq_length()
 
     def _encode(self, text: str) -> list[int]:
-        """The tokens that `text` adds to the conversation."""
+        """Return the tokens that `text` adds to the conversation."""
         begins = not self.pending and self.cache.get_seq_length() == 0
         if self.has_template:
             # A template writes its own beginning-of-sequence token.
@@ -89,11 +89,11 @@ class Conversation:
         return self.tokenizer(text if begins else f"\n{text}", add_special_tokens=begins)["input_ids"]
 
     def _turn(self, text: str, begins: bool) -> str:
-        """What the chat template writes for `text`: at the beginning, or between an answer and the next one."""
+        """Return the chat template's text for `text`: at the beginning, or between an answer and the next one."""
         question = {"role": "user", "content": text}
         if begins:
             return self.tokenizer.apply_chat_template([question], tokenize=False, add_generation_prompt=True)
-        # What was said before is in the cache, so any earlier turn will do to learn what follows an answer.
+        # The cache holds the earlier turns, so an invented one serves to find what the template adds after an answer.
         answer = "an earlier answer"
         earlier = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
         turns = self.tokenizer.apply_chat_template([*earlier, question], tokenize=False, add_generation_prompt=True)
@@ -101,7 +101,7 @@ class Conversation:
 
 
 class Meter(TextStreamer):
-    """A streamer that prints, and takes the time of every token."""
+    """Streamer that prints the text and times every token."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, echo: bool) -> None:
         super().__init__(tokenizer, skip_prompt=not echo, skip_special_tokens=True)
@@ -109,7 +109,7 @@ class Meter(TextStreamer):
         self.times = [time.perf_counter()]
 
     def put(self, value: torch.Tensor) -> None:
-        """Called by generate() with the prompt first (1, T), then with every new token (1,)."""
+        """Take the prompt (1, T), then every new token (1,), as generate() passes them."""
         if self.prompt_tokens:
             self.times.append(time.perf_counter())
         else:
@@ -117,7 +117,7 @@ class Meter(TextStreamer):
         super().put(value)
 
     def report(self) -> str:
-        """How long the prompt took, and how many tokens came per second after the first one."""
+        """Describe the time of the prompt and the tokens per second after the first."""
         start, first, last = self.times[0], self.times[1], self.times[-1]
         prompt = f"{self.prompt_tokens} prompt tokens in {first - start:.2f} s"
         written = len(self.times) - 1
@@ -128,7 +128,8 @@ class Meter(TextStreamer):
 
 @contextmanager
 def _interrupt_as_criterion() -> Iterator[Callable[..., torch.Tensor]]:
-    """The first Ctrl-C ends the answer between two tokens, where the cache is whole; a second one ends the program."""
+    """Yield a stopping criterion for Ctrl-C. The first ends the answer between two tokens, where the cache is
+    consistent; the second ends the program."""
     stopped = False
 
     def stop(signum: int, frame: FrameType | None) -> None:

@@ -21,7 +21,8 @@ FigureOption = Annotated[Path | None, typer.Option(help="Also draw a figure into
 
 
 def import_extra(module: str) -> Any:
-    """Import a module of the evaluation folder that needs the extra; where it is missing, say how to install it."""
+    """Import a module of the evaluation folder that needs the extra `eval`; raise a Problem that names it if
+    missing."""
     package = __package__.partition(".")[0]
     try:
         return import_module(f"{package}.evaluation.{module}")

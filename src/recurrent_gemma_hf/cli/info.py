@@ -45,7 +45,7 @@ def info(
 
 
 def _describe(config: RecurrentGemmaConfig) -> dict[str, Any]:
-    """Shape, parameters and memory in bytes, without loading or allocating any weight."""
+    """Return shape, parameters and memory in bytes, without loading or allocating any weight."""
     import torch
 
     from .. import RecurrentGemmaForCausalLM
@@ -133,7 +133,7 @@ def _print_table(facts: dict[str, Any]) -> None:
 
 
 def _places_by_backend(backends: dict[str, dict[str, str]]) -> dict[str, list[str]]:
-    """{"triton": ["cuda", ...]}: the devices that a backend serves, with the dtypes where it does not serve all."""
+    """Return {"triton": ["cuda", ...]}: each backend's devices, with the dtypes if it does not support all of them."""
     places = defaultdict(list)
     for device, names in backends.items():
         for name in dict.fromkeys(names.values()):

@@ -1,6 +1,6 @@
-"""What the commands share: the user's mistakes, notes, tables, and the model that is meant.
+"""Tools shared by the commands: errors for the user, notes, tables, and loading the model.
 
-What is slow to import (torch, Transformers, rich) is imported where it is used: `--help` and `--version` do without.
+Slow imports (torch, Transformers, rich) are made where they are used, so that `--help` and `--version` are fast.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 DTYPES = ("auto", "float32", "bfloat16")
 DEMO = "the bundled demo"
-# For commands that hand all their arguments on, --help included.
+# For commands that pass all their arguments on, --help included.
 PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
 ModelOption = Annotated[
@@ -39,7 +39,8 @@ DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps, 
 
 
 class Problem(Exception):
-    """What is wrong and what to do, in one sentence for the user. `main` prints it and exits with status 2."""
+    """An error for the user: what is wrong and the remedy, in one sentence. `main` prints it and exits with status
+    2."""
 
 
 @contextmanager
@@ -76,7 +77,7 @@ def print_table(
 
 
 def locate(model: str | None) -> str:
-    """Return the checkpoint that the user means: the demo, a folder, or else a Hub id."""
+    """Return the location of a checkpoint: the demo's folder, the given folder, or a Hub id."""
     from .. import demo_checkpoint
 
     if model is None:
@@ -125,14 +126,14 @@ def load(
     location = locate(model)
     config = read_config(location)
     chosen_device = pick_device(device)
-    # Left out, from_pretrained chooses: the checkpoint's dtype, float32 where this CPU is slow in bfloat16.
+    # With "auto" from_pretrained chooses: the checkpoint's dtype, float32 if this CPU emulates bfloat16.
     chosen_dtype = {} if dtype == "auto" else {"dtype": pick_dtype(dtype, chosen_device, config)}
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     with reported(OSError, ValueError, RuntimeError, SafetensorError, as_=f"cannot load {location}: {{}}"):
         tokenizer = AutoTokenizer.from_pretrained(location)
         loaded = AutoModelForCausalLM.from_pretrained(location, device_map=str(chosen_device), **chosen_dtype)
-    # Without its files, AutoTokenizer makes an empty tokenizer, to which every text is unknown.
+    # If its files are missing, AutoTokenizer makes an empty tokenizer.
     if tokenizer("a", add_special_tokens=False)["input_ids"] in ([], [tokenizer.unk_token_id]):
         raise Problem(f"{location} has no tokenizer; put tokenizer.json and tokenizer_config.json there")
     if len(tokenizer) > config.vocab_size:
@@ -144,7 +145,7 @@ def load(
 
 
 def pick_device(name: str | None) -> torch.device:
-    """Return the device of that name, after a tensor was made on it; the fastest there is for None."""
+    """Return the device of that name, after a test that it works; for None, the accelerator or else the CPU."""
     import torch
 
     if name is None:
@@ -157,7 +158,7 @@ def pick_device(name: str | None) -> torch.device:
 
 
 def pick_dtype(name: str, device: torch.device, config: RecurrentGemmaConfig) -> torch.dtype:
-    """Return the dtype that `name` asks for; "auto" is what from_pretrained takes."""
+    """Return the dtype called `name`; "auto" is the one that from_pretrained chooses."""
     import torch
 
     from ..cpu_linear import is_cpu_without_bfloat16

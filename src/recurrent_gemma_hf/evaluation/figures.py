@@ -1,4 +1,4 @@
-"""Figures of the evaluations. matplotlib comes with the extra `eval` and is imported here alone."""
+"""Figures of the evaluations. Only this file imports matplotlib, which comes with the extra `eval`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import matplotlib.pyplot as plt  # (the backend comes first)
 
 
 def save(figure: Any, path: Path) -> None:
-    """Writes the figure under its name only when it is complete."""
+    """Write the figure, under its name only when it is complete."""
     temporary = path.with_name(f".{path.stem}.partial{path.suffix}")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(temporary, dpi=120, bbox_inches="tight")
@@ -21,7 +21,7 @@ def save(figure: Any, path: Path) -> None:
 
 
 def draw_positions(results: list[dict[str, Any]], path: Path) -> None:
-    """Mean loss against position with its band, one line per result."""
+    """Draw mean loss against position with its band, one line per result."""
     figure, axes = plt.subplots(figsize=(7.5, 4.2))
     for result in results:
         bins = result["bins"]
@@ -36,7 +36,7 @@ def draw_positions(results: list[dict[str, Any]], path: Path) -> None:
 
 
 def draw_throughput(records: list[dict[str, Any]], path: Path) -> None:
-    """Tokens per second while writing, and megabytes of state, against the length of the text."""
+    """Draw tokens per second and megabytes of state against the length of the text."""
     figure, (speed, memory) = plt.subplots(1, 2, figsize=(9, 3.4))
     for label in dict.fromkeys(record["label"] for record in records):
         mine = [record for record in records if record["label"] == label]

@@ -29,7 +29,7 @@ UNLIMITED = 1 << 24
 
 @register_model("recurrent_gemma")
 class RecurrentGemmaLM(HFLM):
-    """HFLM without a longest context, and with documents of any length scored in one pass of linear cost.
+    """HFLM with unlimited context; documents of any length are scored in one pass of linear cost.
 
     Takes the arguments of `hf`. Raises ValueError for a batch size of "auto", which lm-eval finds by trying the
     longest context there is.
@@ -49,11 +49,11 @@ class RecurrentGemmaLM(HFLM):
 
     @property
     def max_length(self) -> int:
-        """The longest context: unlimited unless the model arguments say so."""
+        """Return the longest context: unlimited unless a model argument sets it."""
         return self._max_length or UNLIMITED
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """The log-likelihood of each whole document after the beginning-of-sequence token, the state carried along."""
+        """Compute the log-likelihood of each whole document after <bos>, with the state carried along."""
         results = []
         for request in tqdm(requests, disable=disable_tqdm or self.rank != 0, desc="Reading documents"):
             (text,) = request.args
@@ -72,7 +72,7 @@ class RecurrentGemmaLM(HFLM):
 
 
 def run_command_line(arguments: list[str]) -> None:
-    """lm-eval's own command line (`run`, `ls`, `validate`), with this package's models known to it."""
+    """Run lm-eval's own command line (`run`, `ls`, `validate`), with this package's models registered."""
     previous, sys.argv = sys.argv, ["recurrent-gemma eval harness", *arguments]
     try:
         cli_evaluate()

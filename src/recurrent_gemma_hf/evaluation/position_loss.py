@@ -1,4 +1,4 @@
-"""Next-token loss against position: does a longer past still help, and how far?
+"""Next-token loss against position: how far does a longer context help?
 
 A document is cut into segments of the asked length; each begins with the beginning-of-sequence token and is streamed
 through the cache, so memory does not grow with the length. Losses are averaged in bins whose width grows with the
@@ -53,7 +53,7 @@ class Wanted:
 
 
 def read_documents(paths: Sequence[Path], part: tuple[float, float] = (0.0, 1.0)) -> list[str]:
-    """The texts of the files, of each the given part (from and to, as shares of its characters).
+    """Read the given part of each file (from and to, as shares of its characters).
 
     Raises ValueError for a file that is missing, empty, or not UTF-8.
     """
@@ -76,7 +76,7 @@ def read_documents(paths: Sequence[Path], part: tuple[float, float] = (0.0, 1.0)
 
 
 def cut_segments(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, wanted: Wanted) -> torch.Tensor:
-    """(S, T + 1) int64: <bos> and `length` tokens of a document in each row.
+    """Return segments (S, T + 1) int64: <bos> and `length` tokens of a document in each row.
 
     What is left of a document after its last whole segment is not used. Raises ValueError when there is no segment.
     """
@@ -107,7 +107,7 @@ def cut_segments(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, wante
 def position_losses(
     model: RecurrentGemmaForCausalLM, segments_ST: torch.Tensor, chunk: int | None = None
 ) -> torch.Tensor:
-    """(S, T) float32, on the CPU: the loss of every token, in nats, one segment after the other."""
+    """Compute the loss of every token in nats, (S, T) float32 on the CPU, one segment at a time."""
     segments, length = segments_ST.shape[0], segments_ST.shape[1] - 1
     # Made at once: small pieces kept between the chunks' logits would hold the allocator's memory apart, 4 GB in a
     # million tokens.
@@ -123,7 +123,7 @@ def position_losses(
 
 
 def bin_edges(length: int, bins_per_octave: int) -> list[int]:
-    """Edges e_0 = 0 < e_1 < ... = length; bin i holds the positions e_i to e_(i+1) - 1, in equal steps of log2."""
+    """Return edges e_0 = 0 < e_1 < ... = length, in equal steps of log2; bin i holds positions e_i to e_(i+1) - 1."""
     edges = {0, length}
     for step in range(1 + math.ceil(bins_per_octave * math.log2(length)) if length > 1 else 0):
         edges.add(min(length, round(2 ** (step / bins_per_octave))))
@@ -131,7 +131,7 @@ def bin_edges(length: int, bins_per_octave: int) -> list[int]:
 
 
 def summarise(losses_ST: torch.Tensor, wanted: Wanted) -> list[dict[str, float]]:
-    """Mean loss and band of each bin. `first` and `last` count positions from 1: the first predicted token is 1."""
+    """Compute mean loss and band of each bin. `first` and `last` count positions from 1, the first predicted token."""
     edges = bin_edges(losses_ST.shape[1], wanted.bins_per_octave)
     generator = torch.Generator().manual_seed(wanted.seed)
     rows = []
@@ -146,7 +146,7 @@ def summarise(losses_ST: torch.Tensor, wanted: Wanted) -> list[dict[str, float]]
 
 
 def _band(inside_ST: torch.Tensor, confidence: float, generator: torch.Generator) -> tuple[float, float]:
-    """Bootstrap percentiles of the mean, resampling segments, or blocks of tokens where segments are too few."""
+    """Compute bootstrap percentiles of the mean, resampling segments, or blocks of tokens if segments are too few."""
     units = inside_ST.mean(1)
     weights = torch.ones_like(units)
     if len(units) < ENOUGH_SEGMENTS:
@@ -169,7 +169,7 @@ def measure(
     wanted: Wanted,
     label: str,
 ) -> dict[str, Any]:
-    """One record: the bins, and what they were measured on."""
+    """Measure one record: the bins, with model, text and versions."""
     segments_ST = cut_segments(texts, tokenizer, wanted)
     losses_ST = position_losses(model, segments_ST)
     resampled = "segments" if len(segments_ST) >= ENOUGH_SEGMENTS else f"blocks of {BLOCK} tokens"

@@ -1,4 +1,4 @@
-"""JSON lines: how results are written, so that a stopped run loses nothing and can be continued."""
+"""Results as JSON lines, so that an interrupted run loses nothing and can be continued."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 
 def provenance() -> dict[str, Any]:
-    """The device and the versions behind a number."""
+    """Return the device and the versions of a measurement."""
     import torch
 
     device = (
@@ -32,7 +32,7 @@ def _cpu() -> str:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records of a file of JSON lines, none if there is no such file; raises ValueError naming a broken line."""
+    """Read the records of a file of JSON lines, none if it does not exist; raise ValueError naming a broken line."""
     if not path.exists():
         return []
     records = []
@@ -47,7 +47,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 
 def append_record(path: Path, record: dict[str, Any]) -> None:
-    """Adds one line, flushed to the disk."""
+    """Append one line, flushed to the disk."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")

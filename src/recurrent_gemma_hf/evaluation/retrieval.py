@@ -27,14 +27,15 @@ SYLLABLES = (
 
 
 class Prompt(NamedTuple):
-    """What the model reads and how its continuation must begin."""
+    """A prompt, and the answer with which its continuation must begin."""
 
     text: str
     answer: str
 
 
 def passkey_prompt(sentences: int, depth: float, rng: random.Random) -> Prompt:
-    """`sentences` times three short sentences of filler, the key after a share `depth` of them."""
+    """Make a prompt of `sentences` times three short sentences of filler, with the key after a share `depth` of
+    them."""
     if sentences < 1:
         raise ValueError(f"size {sentences} must be 1 or more")
     if not 0 <= depth <= 1:
@@ -47,7 +48,8 @@ def passkey_prompt(sentences: int, depth: float, rng: random.Random) -> Prompt:
 
 
 def phonebook_prompt(entries: int, depth: float | None, rng: random.Random) -> Prompt:
-    """`entries` lines "name: number", two of them repeated as examples, then a name; depth None asks for any."""
+    """Make a prompt of `entries` lines "name: number", two repeated as examples, then a name; depth None asks for
+    any."""
     if entries < 3:
         raise ValueError(f"size {entries} must be 3 or more: two entries are the examples")
     if depth is not None and not 0 <= depth <= 1:
@@ -71,7 +73,7 @@ PROMPTS: dict[str, Callable[[int, float, random.Random], Prompt]] = {
 
 @torch.no_grad()
 def answer(model: RecurrentGemmaForCausalLM, tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> tuple[str, int]:
-    """The greedy continuation, as long as the right one, and the number of tokens of the prompt."""
+    """Return the greedy continuation, as long as the right answer, and the number of tokens of the prompt."""
     ids = tokenizer(prompt.text, return_tensors="pt").input_ids.to(model.device)
     # One more token than the answer takes by itself: a leading space may be a token of its own.
     new_tokens = len(tokenizer(" " + prompt.answer, add_special_tokens=False)["input_ids"]) + 1
@@ -97,7 +99,7 @@ def measure(
     repeats: int,
     seed: int,
 ) -> Iterator[dict[str, Any]]:
-    """Yields one record per size and depth: the share of right answers among `repeats` prompts."""
+    """Yield one record per size and depth: the share of right answers among `repeats` prompts."""
     if task not in PROMPTS:
         raise ValueError(f"unknown task {task!r}; there are {', '.join(PROMPTS)}")
     if repeats < 1:

@@ -1,4 +1,4 @@
-"""Reading a text of any length through the cache: constant memory, the same numbers as one forward over all of it.
+"""Losses of a text of any length in constant memory, equal to those of one forward over the whole text.
 
 Shape suffixes: B batch, T time, C tokens of one chunk, V vocabulary.
 """
@@ -18,7 +18,7 @@ LONGEST_CHUNK = 4096
 
 
 def chunk_length(vocab_size: int, batch_size: int = 1) -> int:
-    """How many tokens to read at once, so that their logits stay about 1 GB in float32."""
+    """Return how many tokens to read per forward, so that the logits take about 1 GB in float32."""
     return max(1, min(LONGEST_CHUNK, LOGITS_OF_A_CHUNK // (vocab_size * batch_size)))
 
 
@@ -26,7 +26,7 @@ def chunk_length(vocab_size: int, batch_size: int = 1) -> int:
 def streamed_logits(
     model: RecurrentGemmaForCausalLM, tokens_BT: torch.Tensor, chunk: int | None = None
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yields (logits_BCV, targets_BC), chunk after chunk: every token but the first is predicted from all before it.
+    """Yield (logits_BCV, targets_BC) chunk by chunk: every token but the first is predicted from all before it.
 
     Raises ValueError for fewer than two tokens, which leave nothing to predict.
     """
@@ -46,6 +46,6 @@ def streamed_logits(
 def streamed_losses(
     model: RecurrentGemmaForCausalLM, tokens_BT: torch.Tensor, chunk: int | None = None
 ) -> Iterator[torch.Tensor]:
-    """Yields the losses (B, C) in nats, float32, of every token but the first, chunk after chunk."""
+    """Yield the losses (B, C) in nats, float32, of every token but the first, chunk by chunk."""
     for logits_BCV, targets_BC in streamed_logits(model, tokens_BT, chunk):
         yield F.cross_entropy(logits_BCV.float().transpose(1, 2), targets_BC, reduction="none")

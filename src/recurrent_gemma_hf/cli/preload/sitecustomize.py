@@ -1,5 +1,5 @@
-"""What every Python process under `recurrent-gemma run` imports at its start: this package, so that the classes that
-the process will look for in Transformers are ours. Then the sitecustomize that this one stands before, if any.
+"""Import this package at the start of every Python process under `recurrent-gemma run`, so that the process gets our
+classes from Transformers; then run the sitecustomize that this one hides, if any.
 """
 
 import importlib.util

@@ -78,7 +78,7 @@ PUBLISHED = ("recurrentgemma-2b", "recurrentgemma-2b-it", "recurrentgemma-9b", "
 
 
 def find_tasks(names: Iterable[str] | None) -> tuple[PaperTask, ...]:
-    """The lines with these lm-eval names, all of them for None; raises ValueError for any other name."""
+    """Return the lines with these lm-eval names, all of them for None; raise ValueError for any other name."""
     if names is None:
         return PAPER_TASKS
     known = {task.task: task for task in PAPER_TASKS}
@@ -92,7 +92,7 @@ def find_tasks(names: Iterable[str] | None) -> tuple[PaperTask, ...]:
 
 
 def card_path(name: str) -> Path:
-    """The card of a published model."""
+    """Read the card of a published model."""
     if name not in PUBLISHED:
         raise ValueError(f"there is no card {name!r}; there are {', '.join(PUBLISHED)}")
     return CARDS / f"{name}.md"
@@ -110,7 +110,7 @@ def published_figures(card: Path) -> dict[str, float]:
 def run(
     model: LM, label: str, tasks: Iterable[PaperTask], output: Path, limit: int | None, run_code: bool
 ) -> Iterator[dict[str, Any]]:
-    """Evaluates what `output` does not hold yet, and yields all lines' records in order.
+    """Evaluate the lines that `output` lacks, and yield all lines' records in order.
 
     A finished task is one line of JSON, written at once. Raises ValueError, before anything runs, for a task that runs
     the model's code without `run_code`, and for a task whose data cannot be read.
@@ -185,7 +185,7 @@ def main(
     dtype: DtypeOption = "auto",
     device: DeviceOption = None,
 ) -> None:
-    """The RecurrentGemma report's task list, with its published figures beside."""
+    """Run the RecurrentGemma report's task list and print the results beside its published figures."""
     try:
         tasks = find_tasks(task)
         location = locate(model)

@@ -95,13 +95,13 @@ class Settings:
 
 
 def generator_for(purpose: int, seed: int, *rest: int) -> torch.Generator:
-    """A generator that depends on all of its numbers, and on no global state."""
+    """Make a generator seeded by all of the given numbers, independent of global state."""
     digest = hashlib.sha256(repr((purpose, seed, *rest)).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
 def build_model(architecture: str, task: Task, settings: Settings, seed: int) -> RecurrentGemmaForCausalLM:
-    """An untrained float32 model; the architectures differ by less than 1% in parameters."""
+    """Make an untrained float32 model; the architectures differ by less than 1% in parameters."""
     if architecture not in ARCHITECTURES:
         raise ValueError(f"unknown architecture {architecture!r}; there are {', '.join(ARCHITECTURES)}")
     torch.manual_seed(seed)
@@ -201,7 +201,7 @@ def _training_step(
 
 @torch.no_grad()
 def accuracies(model: RecurrentGemmaForCausalLM, batch: Batch) -> dict[str, float]:
-    """The share of answer tokens and of whole answers (rows) that greedy decoding gets right."""
+    """Measure the share of answer tokens and of whole answers (rows) that greedy decoding gets right."""
     model.eval()
     inputs_BT, answer = batch.tokens_BT[:, :-1], batch.answer
     # A window over all of the sequence would be a cache as large: there is nothing to save by reading in chunks.

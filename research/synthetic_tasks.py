@@ -57,7 +57,7 @@ class Task:
     training_length: int
 
     def batch(self, length: int, batch_size: int, generator: torch.Generator, depth: float | None = None) -> Batch:
-        """A batch of `batch_size` rows of exactly `length` tokens; raises ValueError for what the task has not."""
+        """Make a batch of `batch_size` rows of exactly `length` tokens; raise ValueError for unsupported sizes."""
         if length < self.shortest:
             raise ValueError(f"length {length} is too short for this task; give {self.shortest} or more")
         if batch_size < 1:
@@ -216,7 +216,7 @@ TASKS: dict[str, Task] = {
 
 
 def find_task(name: str) -> Task:
-    """The task called `name`; raises ValueError naming all of them."""
+    """Return the task called `name`; raise ValueError naming all of them."""
     if name not in TASKS:
         raise ValueError(f"unknown task {name!r}; there are {', '.join(TASKS)}")
     return TASKS[name]

@@ -607,7 +607,7 @@ class RecurrentGemmaModel(RecurrentGemmaPreTrainedModel):
         output_attentions: bool,
         shard: Any,
     ) -> LayerInputs:
-        """Announce the forward to the cache, and say where its inputs stand."""
+        """Count the forward in the cache, and compute what every layer reads."""
         (B, T), W, implementation = x.shape[:2], self.config.attention_window_size, self.config._attn_implementation
         in_order = cache is None or T > 1 or output_attentions or mask.mask_4d is not None or torch.is_grad_enabled()
         in_order = in_order or "flash" in implementation

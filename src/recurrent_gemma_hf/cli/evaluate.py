@@ -63,7 +63,7 @@ def position(
     dtype: DtypeOption = "auto",
     device: DeviceOption = None,
 ) -> None:
-    """Mean next-token loss at every distance from the beginning, up to millions of tokens in constant memory."""
+    """Measure mean next-token loss by position, up to millions of tokens in constant memory."""
     figures = import_extra("figures") if figure is not None else None  # not first missed after the measurement
     from ..evaluation.position_loss import Wanted, measure, read_documents
     from ..evaluation.records import append_record, read_records
@@ -121,7 +121,7 @@ def retrieval(
 
 @app.command(context_settings=PASSED_ON)
 def harness(context: typer.Context) -> None:
-    """lm-eval's own command line with this package's models: run --model hf, or run --model recurrent_gemma."""
+    """Run lm-eval's own command line with this package's models: run --model hf, or run --model recurrent_gemma."""
     import_extra("harness").run_command_line(context.args)
 
 
@@ -139,7 +139,7 @@ def throughput(
     dtype: DtypeOption = "auto",
     device: DeviceOption = None,
 ) -> None:
-    """Tokens per second and memory of the state against length, beside a transformer of equal size."""
+    """Measure tokens per second and memory of the state by length, beside a transformer of equal size."""
     figures = import_extra("figures") if figure is not None else None
     from ..evaluation.throughput import measure, transformer_of_equal_size
 

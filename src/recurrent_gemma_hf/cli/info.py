@@ -73,7 +73,7 @@ def _describe(config: RecurrentGemmaConfig) -> dict[str, Any]:
 
 
 def _cache_bytes(config: RecurrentGemmaConfig) -> int:
-    """Bytes of a RecurrentGemmaCache for one sequence of any length, in bfloat16 with float32 recurrent states."""
+    """Return the bytes of a RecurrentGemmaCache for one sequence of any length, in bfloat16 with float32 states."""
     recurrent = (config.conv1d_width - 1) * config.lru_width * 2 + config.lru_width * 4
     attention = 2 * config.sliding_window * config.num_key_value_heads * config.head_dim * 2
     size = {"recurrent": recurrent, "attention": attention}

@@ -454,7 +454,6 @@ BAD_VALUES = [
     ("dtype", "bfloat61"),
     ("model_type", "llama"),
     ("is_encoder_decoder", True),
-    ("chunk_size_feed_forward", 2),
     ("per_layer_config", {0: {"lru_width": 8}}),
     ("hiden_size", 32),
     ("window", 32),

@@ -134,7 +134,9 @@ def test_weights_of_the_stack_are_required(model, tmp_path):
 @pytest.mark.parametrize("head", [RecurrentGemmaForCausalLM, *HEADS])
 def test_forward_names_the_columns_of_a_dataset(head):
     """Trainer drops columns that it does not find by their names."""
-    assert {"input_ids", "attention_mask", "position_ids"} <= set(inspect.signature(head.forward).parameters)
+    assert {"input_ids", "inputs_embeds", "attention_mask", "position_ids"} <= set(
+        inspect.signature(head.forward).parameters
+    )
 
 
 def test_layers_return_a_tensor(model):

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import peft
 import pytest
 import torch
 from peft import (
@@ -394,3 +395,18 @@ def test_prefix_tuning_is_refused():
     model = get_peft_model(model, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)).eval()
     with pytest.raises(ValueError, match=r"already holds keys or states .*prefix tuning.* LoRA and prompt tuning work"):
         model(input_ids=torch.randint(3, 101, (1, 9)))
+    with pytest.raises(ValueError, match=r"already holds keys or states .*prefix tuning.* LoRA and prompt tuning work"):
+        model.generate(input_ids=torch.randint(3, 101, (1, 9)), max_new_tokens=2)
+
+
+def test_shadow_tuning_generates():
+    """Its cache wraps ours and is unwrapped only in front of the model's forward pass."""
+    if not hasattr(peft, "ShadowConfig"):
+        pytest.skip("this PEFT has no ShadowPEFT")
+    model = get_peft_model(build(tiny_config(), seed=3), peft.ShadowConfig(task_type="CAUSAL_LM")).eval()
+    ids = text = torch.randint(3, 101, (1, 9))
+    with torch.no_grad():
+        for _ in range(6):
+            text = torch.cat([text, model(input_ids=text, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    assert torch.equal(model.generate(input_ids=ids, **options), text)

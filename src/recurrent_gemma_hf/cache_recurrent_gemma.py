@@ -411,6 +411,8 @@ class RecurrentGemmaCache(Cache):
     each of its tokens, and `crop(-n)` restores any of them exactly, without recomputation.
     """
 
+    max_cache_len = -1  # no limit; PEFT's prefix tuning reads it on the way to the error that `adopt` raises
+
     def __init__(self, config: RecurrentGemmaConfig, *, static: bool = False, max_rollback: int = 512) -> None:
         if max_rollback < 1:
             raise ValueError(f"max_rollback={max_rollback} must be at least 1")

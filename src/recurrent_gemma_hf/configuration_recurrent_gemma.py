@@ -264,9 +264,8 @@ class RecurrentGemmaConfig(PreTrainedConfig):
         if not isinstance(self.hidden_activation, str) or self.hidden_activation not in ACT2FN:
             raise ValueError(f"hidden_activation={self.hidden_activation!r} must be one of {', '.join(sorted(ACT2FN))}")
         self._validate_token_ids()
-        for name in ("is_encoder_decoder", "chunk_size_feed_forward"):  # every config of Transformers has these
-            if getattr(self, name):
-                raise ValueError(f"{name}={getattr(self, name)!r} is not something this model can do")
+        if self.is_encoder_decoder:  # every config of Transformers has this field
+            raise ValueError("is_encoder_decoder=True: this model is a decoder; leave it out")
         self._validate_shapes()
 
     def _validate_sizes(self, *names: str) -> None:

@@ -112,21 +112,22 @@ class RecurrentGemmaGenerationMixin(GenerationMixin):
         **kwargs: Any,
     ) -> dict[str, Any]:
         """Do as Transformers; for prompts padded on the right, keep the logits of each row's last token."""
+        # The forward pass adopts it, or refuses it. Here it may be another library's around ours (PEFT's ShadowCache).
         mask, given = attention_mask, one_cache(cache, past_key_values)
-        own = None if given is None else RecurrentGemmaCache.adopt(given, self.config)
-        if own is not None and next_sequence_length is None:
-            next_sequence_length = unread_columns(own, input_ids, mask)
+        if given is not None and next_sequence_length is None:
+            next_sequence_length = unread_columns(given, input_ids, mask)
         model_inputs = super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
             attention_mask=attention_mask,
             inputs_embeds=inputs_embeds,
-            **{CACHE_NAME: own},
+            **{CACHE_NAME: given},
             **kwargs,
         )
-        if own is not None:
-            # PEFT's prompt tuning reads this name on every release; without it, it adds its virtual tokens again.
-            model_inputs["past_key_values"] = own
+        if given is not None:
+            # Under the old name alone, on every release: PEFT's prompt tuning, prefix tuning and ShadowPEFT read it and
+            # replace what it holds.
+            model_inputs["past_key_values"] = model_inputs.pop(CACHE_NAME)
         new = model_inputs["input_ids"] if model_inputs.get("input_ids") is not None else model_inputs["inputs_embeds"]
         T = new.shape[1]
         if mask is not None and mask.ndim == 2 and T > 1 and not mask[:, -1].all():

@@ -119,6 +119,7 @@ class RecurrentGemmaForTokenClassification(RecurrentGemmaPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs: Any,
     ) -> TokenClassifierOutput:
@@ -126,8 +127,9 @@ class RecurrentGemmaForTokenClassification(RecurrentGemmaPreTrainedModel):
         in `RecurrentGemmaModel`."""
         _refuse_shard(kwargs)
         outputs = self.model(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, return_dict=True, **kwargs
-        )
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, inputs_embeds=inputs_embeds,
+            return_dict=True, **kwargs,
+        )  # fmt: skip
         logits, loss = self.score(outputs.last_hidden_state), None
         if labels is not None:
             loss = _of_the_batch(self.loss_function(logits, labels, self.config), labels, num_items_in_batch)
@@ -153,6 +155,7 @@ class RecurrentGemmaForQuestionAnswering(RecurrentGemmaPreTrainedModel):
         position_ids: torch.Tensor | None = None,
         start_positions: torch.LongTensor | None = None,
         end_positions: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs: Any,
     ) -> QuestionAnsweringModelOutput:
@@ -160,8 +163,9 @@ class RecurrentGemmaForQuestionAnswering(RecurrentGemmaPreTrainedModel):
         `RecurrentGemmaModel`."""
         _refuse_shard(kwargs)
         outputs = self.model(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, return_dict=True, **kwargs
-        )
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, inputs_embeds=inputs_embeds,
+            return_dict=True, **kwargs,
+        )  # fmt: skip
         start_logits, end_logits = (x.contiguous() for x in self.qa_outputs(outputs.last_hidden_state).unbind(-1))
         loss = None
         if start_positions is not None and end_positions is not None:

@@ -54,6 +54,7 @@ OVERRIDDEN = {
     "Cache": (
         "activate_past_recording batch_repeat_interleave batch_select_indices batch_size crop get_mask_sizes "
         "get_seq_length is_compileable is_initialized is_linear reorder_cache reset"
+        + (" max_cache_len" if hasattr(Cache, "max_cache_len") else "")  # a property of Cache in 5.17
     ),
     "CacheLayerMixin": (
         "get_mask_sizes get_seq_length is_compileable is_croppable lazy_initialization reset supports_early_init update"

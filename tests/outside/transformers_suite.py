@@ -32,12 +32,7 @@ class SubjectTester(CausalLMModelTester):
 
 
 class SubjectTest(CausalLMModelTest, unittest.TestCase):
-    """Everything that Transformers tests on a model like Llama; nothing is switched off."""
+    """Everything that Transformers tests on a model like Llama, except pipelines, which download models."""
 
     model_tester_class = SubjectTester
     pipeline_model_mapping = {}
-    test_all_params_have_gradient = True
-
-    def is_pipeline_test_to_skip(self, *args: Any, **kwargs: Any) -> bool:
-        """Skip the pipelines, which download models; `tests/test_hub.py` runs them."""
-        return True

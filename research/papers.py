@@ -169,16 +169,17 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 @app.command()
 def main(
-    output: Annotated[Path, typer.Option(help="JSON lines to append to; what is there is not repeated.")],
+    output: Annotated[Path, typer.Option(help="JSON lines to append to; tasks already in it are skipped.")],
     model: ModelOption = None,
     task: Annotated[
         list[str] | None, typer.Option(help="A task of the list; repeat for several. All by default.")
     ] = None,
     published: Annotated[
-        str | None, typer.Option(help="Whose figures to print beside: recurrentgemma-2b, -2b-it, -9b, -9b-it.")
+        str | None,
+        typer.Option(help="Also print this model's published figures: recurrentgemma-2b, -2b-it, -9b, -9b-it."),
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="Only so many questions per task, for a first look.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Questions at once.")] = 8,
+    limit: Annotated[int | None, typer.Option(help="Number of questions per task; all by default.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Questions per batch.")] = 8,
     run_code: Annotated[
         bool, typer.Option("--run-code", help="Let HumanEval and MBPP run what the model wrote.")
     ] = False,

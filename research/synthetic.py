@@ -307,14 +307,14 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 @app.command()
 def main(
-    output: Annotated[Path, typer.Option(help="JSON lines to append to; what is there is not repeated.")],
+    output: Annotated[Path, typer.Option(help="JSON lines to append to; runs already in it are skipped.")],
     task: Annotated[list[str] | None, typer.Option(help="A task; repeat for several. All of them by default.")] = None,
     architecture: Annotated[
         list[str] | None, typer.Option(help="griffin, hawk, 'sliding-window transformer', transformer; all by default.")
     ] = None,
-    seeds: Annotated[int, typer.Option(help="Train every combination with the seeds 0, 1, ... below this.")] = 3,
+    seeds: Annotated[int, typer.Option(help="Number of seeds (0, 1, ...) to train every combination with.")] = 3,
     length: Annotated[
-        int | None, typer.Option(help="Tokens of a training sequence; the task's own by default.")
+        int | None, typer.Option(help="Tokens of a training sequence; the task's length by default.")
     ] = None,
     shortest: Annotated[
         int | None,
@@ -325,14 +325,16 @@ def main(
     window: Annotated[int | None, typer.Option(help="Attention window; half of --length by default.")] = None,
     width: Annotated[int, typer.Option(help="Width of the models; 64 is 0.26 million parameters, 128 is 1.0.")] = 64,
     batch_size: Annotated[int, typer.Option(help="Sequences per step.")] = 32,
-    max_steps: Annotated[int, typer.Option(help="Stop there even if the task is not solved.")] = 5000,
-    learning_rate: Annotated[float, typer.Option(help="Between warmup and decay.")] = 3e-3,
+    max_steps: Annotated[int, typer.Option(help="Stop after this many, even if the task is not solved.")] = 5000,
+    learning_rate: Annotated[float, typer.Option(help="Learning rate between warmup and decay.")] = 3e-3,
     lengths: Annotated[
         str | None,
-        typer.Option(help="Measure at these; 1, 2, 4, 8, 16 times --length by default, depths to 4 times."),
+        typer.Option(
+            help="Lengths to measure at, e.g. 64,128; 1 to 16 times --length by default. Depths up to 4 times."
+        ),
     ] = None,
     rows: Annotated[int, typer.Option(help="Sequences per measurement.")] = 128,
-    figure: Annotated[Path | None, typer.Option(help="Also draw a figure into this PNG, SVG or PDF file.")] = None,
+    figure: Annotated[Path | None, typer.Option(help="Also save a figure to this PNG, SVG or PDF file.")] = None,
 ) -> None:
     """Train small models of equal size on the Griffin paper's synthetic tasks and measure how far they extrapolate."""
     if figure is not None:  # a missing package must show before hours of training

@@ -41,7 +41,7 @@ def dot(x, weight, total, UPCAST: tl.constexpr):
 
 @triton.jit
 def state_rows(index_ptr, b, B):
-    """Return the rows of the pool that belong to rows b of the batch, and which of these have one."""
+    """Return the row of the pool for each row b of the batch, and a mask of the rows b that have one."""
     index, is_row = b, b < B
     if index_ptr is not None:
         index = tl.load(index_ptr + b, mask=is_row, other=-1).to(tl.int64)

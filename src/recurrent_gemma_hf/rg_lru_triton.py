@@ -104,7 +104,7 @@ def rg_lru_kernel(
                 tl.store(carry, h, mask=within(is_channel, start, T))
         for k in tl.static_range(ROWS):
             t = start + k
-            is_padding = is_set(is_padding_ptr, is_padding_row, t, T) | (t >= T)  # the state stays after the end
+            is_padding = is_set(is_padding_ptr, is_padding_row, t, T) | (t >= T)  # no change after the end
             r, i = sigmoid(r_pre[k] + r_bias), sigmoid(i_pre[k] + i_bias)
             a, _, gated, _, _ = coefficients(r, i, x[k], log_a_scale, is_set(reset_ptr, reset_row, t, T), is_padding)
             h = a * h + gated

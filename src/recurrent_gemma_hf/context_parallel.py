@@ -115,7 +115,7 @@ def _check_mask(mask: torch.Tensor | None, shape: tuple[int, int]) -> None:
 
 
 def _check_same_batch(tokens: torch.Tensor, labels: torch.Tensor | None, group: dist.ProcessGroup) -> None:
-    """Raise ValueError if the ranks have different batches: their chunks would not form one sequence."""
+    """Raise ValueError if the ranks' batches differ (in shape or sums): their chunks would not form one sequence."""
     sums = [float(x.detach().double().sum()) for x in (tokens, labels) if x is not None]
     # A device that the group's backend can send from; the batch may not be there yet.
     device = torch.device("cpu") if "gloo" in dist.get_backend(group) else torch.accelerator.current_accelerator()
@@ -134,7 +134,7 @@ def _check_same_batch(tokens: torch.Tensor, labels: torch.Tensor | None, group: 
 class SequenceShard:
     """This rank's chunk of a sequence, and the communication with the other ranks.
 
-    Made by `shard_sequence`. The model's layers call the methods, on every rank in the same order.
+    `shard_sequence` makes it. The model's layers call its methods, in the same order on every rank.
     """
 
     group: dist.ProcessGroup
@@ -205,8 +205,7 @@ class SequenceShard:
                 work.wait()
 
     def _hops(self, size: int) -> list[tuple[int, int]]:
-        """Return (distance in ranks, entries) of each earlier chunk that holds some of the `size` entries before
-        one."""
+        """Return (distance in ranks, entries) of each earlier chunk with some of the `size` entries before a chunk."""
         return [
             (hop, min(self.length, size - (hop - 1) * self.length)) for hop in range(1, -(-size // self.length) + 1)
         ]
@@ -296,7 +295,7 @@ class _HandOn(torch.autograd.Function):
 
 
 def _through_decay(dh_BCD: torch.Tensor, a_BCD: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Compute sum_t (a_0 ... a_t) dh_t, (B, D); the products are the states of a recurrence that starts at 1."""
+    """Compute sum_t (a_0 ... a_t) dh_t, (B, D); a recurrence without inputs that starts at 1 gives the products."""
     decay_BD, total_BD = torch.ones_like(dh_BCD[:, 0], dtype=dtype), torch.zeros_like(dh_BCD[:, 0], dtype=dtype)
     for a, dh in zip(a_BCD.split(_SEGMENT, dim=1), dh_BCD.split(_SEGMENT, dim=1), strict=True):
         decays, decay_BD = linear_recurrence(torch.zeros_like(a), a, decay_BD)

@@ -15,7 +15,7 @@ from recurrent_gemma_hf import RecurrentGemmaConfig
 
 CARDS = Path(__file__).parents[1] / "model_cards"
 PUBLISHED = ("recurrentgemma-2b", "recurrentgemma-2b-it", "recurrentgemma-9b", "recurrentgemma-9b-it")
-MARK = "<!-- checkpoint -->"  # where the section goes
+MARK = "<!-- checkpoint -->"  # replaced by the section
 
 # The fields that distinguish the published architectures.
 SHAPE_FIELDS = (

@@ -16,7 +16,7 @@ COLOURS = {"griffin": "#c44e1f", "hawk": "#3f7d4e", "transformer": "#2f6690"}
 
 
 def read_log(path: Path) -> tuple[dict, list[dict], dict]:
-    """Return the header, the rows of the evaluations and the result of one run."""
+    """Return the header, the rows (one per evaluation) and the result of one run."""
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     if len(lines) < 3 or "architecture" not in lines[0] or "bits_per_character" not in lines[-1]:
         raise SystemExit(f"{path} is not a complete log of examples/train_demo.py; run the training again")
@@ -24,7 +24,7 @@ def read_log(path: Path) -> tuple[dict, list[dict], dict]:
 
 
 def draw(axes: plt.Axes, path: Path) -> None:
-    """Add one run: training dashed, validation solid; the legend has the result of the saved files."""
+    """Add one run: training loss dashed, validation loss solid, the saved checkpoint's result in the legend."""
     header, rows, result = read_log(path)
     name = header["architecture"]
     label = f"{name.capitalize()}, {header['parameters'] / 1e6:.2f} M parameters"

@@ -5,10 +5,10 @@
     python benchmarks/decode.py --size 2b --weights int8 --dtype bfloat16 --peers ours in-tree --float32 in-tree
 
 The floor of a step is the time to read every weight and the state of every row once, at the bandwidth of the fastest
-read of the same run. Peers are interleaved, so that a disturbance of the machine affects all of them. The bandwidth of
-a CPU's memory that is shared with other machines can double within a second: on a CPU each step is followed by a read
-of half a gigabyte, and the share of the floor is the median over the steps. Peers named after --float32 run in float32,
-independently of --dtype and --weights. In-tree and ours (compiled or not) share equal weights in memory.
+read of the same run. Peers are interleaved, so that a disturbance of the machine affects all of them. The memory
+bandwidth of a CPU shared with other machines can double within a second: on a CPU each step is followed by a read of
+half a gigabyte, and the share of the floor is the median over the steps. Peers named after --float32 run in float32,
+whatever --dtype and --weights are. In-tree and ours (compiled or not) share their weights in memory if they are equal.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ FULL_ATTENTION = ("gemma", "gemma, flash")  # their state grows: no million toke
 
 
 def quantize(peer: Any, weights: str) -> None:
-    """Quantize as in docs/quantization.md, including the head."""
+    """Quantize a peer as in docs/quantization.md, the head included."""
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
     if weights == "int8":
@@ -54,14 +54,14 @@ def quantize(peer: Any, weights: str) -> None:
 
 
 def tensor_bytes(tensor: torch.Tensor) -> int:
-    """Return the bytes of a tensor, including torchao's, which consist of several."""
+    """Return the bytes of a tensor; torchao's consist of several tensors."""
     if hasattr(tensor, "__tensor_flatten__") and type(tensor) is not torch.nn.Parameter:
         return sum(tensor_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
     return tensor.numel() * tensor.element_size()
 
 
 class Decoding:
-    """Holds the peers of one run and measures them."""
+    """The peers of one run, and their measurement."""
 
     def __init__(self, args: Any, add: Callable[[dict], None]) -> None:
         self.args, self.add = args, add
@@ -70,7 +70,7 @@ class Decoding:
         self.made: dict[str, Any] = {}
 
     def refused(self, row: dict[str, Any]) -> None:
-        """Record the row of a preparatory attempt if it failed."""
+        """Record the row of a failed preparation."""
         if "error" in row:
             self.add(row)
 
@@ -100,7 +100,7 @@ class Decoding:
         state = self.args.batch * peer.cache_bytes(context)
         if self.form(peer.name)[1] == AS_THEY_ARE:
             return peer.weight_bytes() + state
-        table = peer.model.model.embed_tokens.weight  # not read once the head has weights of its own
+        table = peer.model.model.embed_tokens.weight  # not read: the quantized head has its own weights
         return sum(tensor_bytes(p) for p in peer.model.parameters() if p is not table) + state
 
     def row(self, name: str, context: int) -> dict[str, Any]:
@@ -109,7 +109,7 @@ class Decoding:
         return {**about, "dtype": str(dtype), "size": self.args.size}
 
     def started(self, context: int) -> dict[str, Callable[[], None]]:
-        """Return a step, compiled and captured, of every peer that can run."""
+        """Return a decoding step, compiled and captured, of every peer that can run."""
         steps: dict[str, Callable[[], None]] = {}
         for name, peer in self.made.items():
             if name in FULL_ATTENTION and context > 200_000:

@@ -146,7 +146,7 @@ def build_model(architecture: str, vocab_size: int) -> PreTrainedModel:
 
 
 def training_windows(tokens: torch.Tensor, settings: Settings) -> Iterator[torch.Tensor]:
-    """Yield batches [B, T + 1] without end: windows behind a <bos>, at positions that depend only on the seed."""
+    """Yield batches [B, T + 1] without end: windows after a <bos>, at positions that depend only on the seed."""
     generator = torch.Generator().manual_seed(settings.seed)
     offsets = torch.arange(settings.window)
     bos = torch.full((settings.batch_size, 1), BOS)
@@ -193,8 +193,7 @@ def streamed_loss(model: PreTrainedModel, tokens: torch.Tensor, window: int) -> 
 def make_optimizer(model: PreTrainedModel, settings: Settings) -> torch.optim.AdamW:
     """Return AdamW with weight decay on every matrix, the embedding and the gates included, and on nothing else.
 
-    The demo checkpoint and the models that its README compares were trained this way. pretrain.py uses
-    `parameter_groups` instead.
+    The demo checkpoint and its README's peers were trained this way; pretrain.py uses `parameter_groups` instead.
     """
     decayed, kept = [], []
     for name, parameter in model.named_parameters():

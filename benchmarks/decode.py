@@ -74,7 +74,7 @@ class Decoding:
         if "error" in row:
             self.add(row)
 
-    def form(self, name: str) -> tuple[torch.dtype, str]:
+    def dtype_and_weights(self, name: str) -> tuple[torch.dtype, str]:
         """Return the dtype and the weights of a peer."""
         return (torch.float32, AS_THEY_ARE) if name in self.args.float32 else (self.args.dtype, self.args.weights)
 
@@ -84,9 +84,9 @@ class Decoding:
         for name in names:
 
             def make(name: str = name) -> dict[str, Any]:
-                dtype, weights = self.form(name)
+                dtype, weights = self.dtype_and_weights(name)
                 can_share = name in ("in-tree", "ours, compiled") and "ours" in self.made
-                is_twin = can_share and self.form("ours") == (dtype, weights) == (dtype, AS_THEY_ARE)
+                is_twin = can_share and self.dtype_and_weights("ours") == (dtype, weights) == (dtype, AS_THEY_ARE)
                 shared = {"twin": self.made["ours"]} if is_twin else {}
                 peer = PEERS[name](SIZES[self.args.size](), self.args.device, dtype, **shared)
                 if weights != AS_THEY_ARE:
@@ -94,17 +94,17 @@ class Decoding:
                 self.made[name] = peer
                 return {}
 
-            attempt({"weights": self.form(name)[1], "model": name}, make, self.refused)
+            attempt({"weights": self.dtype_and_weights(name)[1], "model": name}, make, self.refused)
 
     def read_bytes(self, peer: Any, context: int) -> int:
         state = self.args.batch * peer.cache_bytes(context)
-        if self.form(peer.name)[1] == AS_THEY_ARE:
+        if self.dtype_and_weights(peer.name)[1] == AS_THEY_ARE:
             return peer.weight_bytes() + state
         table = peer.model.model.embed_tokens.weight  # not read: the quantized head has its own weights
         return sum(tensor_bytes(p) for p in peer.model.parameters() if p is not table) + state
 
     def row(self, name: str, context: int) -> dict[str, Any]:
-        dtype, weights = self.form(name)
+        dtype, weights = self.dtype_and_weights(name)
         about = {"weights": weights, "B": self.args.batch, "context": context, "model": name}
         return {**about, "dtype": str(dtype), "size": self.args.size}
 
@@ -126,8 +126,8 @@ class Decoding:
             attempt(self.row(name, context), start, self.refused)
         return steps
 
-    def turn(self, name: str, step: Callable[[], None], read_bytes: int) -> tuple[float, list[float]]:
-        """Return the milliseconds per token of one turn, and its shares of the floor (on a CPU for every token)."""
+    def time_tokens(self, name: str, step: Callable[[], None], read_bytes: int) -> tuple[float, list[float]]:
+        """Return the milliseconds per token, over `args.tokens`, and the shares of the floor (on a CPU per token)."""
         if self.args.device.type != "cpu":
             clock = Clock(torch.device("cpu")) if self.made[name].jits else self.clock
 
@@ -151,9 +151,9 @@ class Decoding:
         read_bytes = {name: self.read_bytes(self.made[name], context) for name in steps}
         for _ in range(self.args.repeats):
             for name, step in steps.items():
-                ms, turn = self.turn(name, step, read_bytes[name])
+                ms, step_shares = self.time_tokens(name, step, read_bytes[name])
                 best[name] = min(best.get(name, math.inf), ms)
-                shares[name] += turn
+                shares[name] += step_shares
         for name, ms in best.items():
             floor = read_bytes[name] / self.limits.read * 1e3
             speed = {"ms": ms, "tokens/s": self.args.batch / ms * 1e3, "floor ms": floor}
@@ -167,10 +167,10 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--contexts", type=int, nargs="+")
     parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--tokens", type=int, default=32, help="per turn")
+    parser.add_argument("--tokens", type=int, default=32, help="timed per peer and repeat")
     parser.add_argument("--weights", choices=[AS_THEY_ARE, "int8", "int4"], default=AS_THEY_ARE)
     parser.add_argument("--float32", nargs="+", choices=list(PEERS), default=[], help="peers that run in float32")
-    parser.add_argument("--one-by-one", action="store_true", help="one peer in memory at a time, as on a GPU: no turns")
+    parser.add_argument("--one-by-one", action="store_true", help="one peer in memory at a time, as on a GPU")
     args = parsed(parser)
     args.tokens = min(args.tokens, 2) if args.quick else args.tokens
     args.tag = "_".join(part for part in (args.tag, "" if args.weights == AS_THEY_ARE else args.weights) if part)

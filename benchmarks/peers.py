@@ -260,9 +260,9 @@ class TorchPeer(Peer):
     def flops(self, tokens: int, training: bool) -> float:
         head = self.config.vocab_size * self.config.hidden_size
         body = sum(p.numel() for p in self.model.parameters() if p.ndim > 1) - head
-        products = 2 * (body * tokens + head * (tokens if training else 1))
+        matmuls = 2 * (body * tokens + head * (tokens if training else 1))
         attention = 4 * _attention_pairs(tokens, self.window) * self.config.hidden_size * self.attention_layers
-        return (products + attention) * (3 if training else 1)
+        return (matmuls + attention) * (3 if training else 1)
 
 
 class HuggingFacePeer(TorchPeer):

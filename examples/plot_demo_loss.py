@@ -31,13 +31,13 @@ def draw(axes: plt.Axes, path: Path) -> None:
     steps = [row["step"] for row in rows]
     # A training loss is the mean since the previous evaluation, so it is drawn at the middle of that interval.
     middles = [(before + step) / 2 for before, step in zip([0, *steps], steps, strict=False)]
-    numbers = f"{result['validation_loss']:.3f} nats per token, {result['bits_per_character']:.3f} bits per character"
+    losses = f"{result['validation_loss']:.3f} nats per token, {result['bits_per_character']:.3f} bits per character"
     axes.plot(
         steps,
         [row["validation_loss"] for row in rows],
         color=COLOURS[name],
         linewidth=2.2,
-        label=f"{label}: {numbers}",
+        label=f"{label}: {losses}",
     )
     axes.plot(
         middles,

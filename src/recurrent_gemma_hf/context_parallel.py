@@ -180,7 +180,7 @@ class SequenceShard:
             for decay, end in chunks[: self.rank]:
                 h0_BD = torch.addcmul(end, decay, h0_BD)
         h_BCD, last_BD = linear_recurrence(x_BCD, a_BCD, h0_BD)
-        return _HandOn.apply(self, h_BCD, last_BD, a_BCD, decay_BD) if torch.is_grad_enabled() else (h_BCD, last_BD)
+        return _LaterGrad.apply(self, h_BCD, last_BD, a_BCD, decay_BD) if torch.is_grad_enabled() else (h_BCD, last_BD)
 
     def total(self, loss: torch.Tensor) -> torch.Tensor:
         """Sum the ranks' shares of the loss. Its gradients are to be averaged over the ranks."""
@@ -260,7 +260,7 @@ class _WithLeft(torch.autograd.Function):
         return None, None, None, *own
 
 
-class _HandOn(torch.autograd.Function):
+class _LaterGrad(torch.autograd.Function):
     """Identity in the forward pass; the backward pass adds the later ranks' gradient to that of the last state.
 
     The gradient of the state that enters a chunk is affine in the gradient of the chunk's last state, as in the forward

@@ -109,8 +109,8 @@ def _check_mask(mask: torch.Tensor | None, shape: tuple[int, int]) -> None:
         )
     if (mask[:, 1:].bool() & ~mask[:, :-1].bool()).any():
         raise ValueError(
-            "the attention_mask has padding before tokens; a sequence over several ranks is padded on the right "
-            "(tokenizer.padding_side = 'right'), or packed with position_ids"
+            "the attention_mask has padding before tokens; pad a sequence over several ranks on the right "
+            "(tokenizer.padding_side = 'right'), or pack it with position_ids"
         )
 
 
@@ -125,8 +125,8 @@ def _check_same_batch(tokens: torch.Tensor, labels: torch.Tensor | None, group: 
     differing = [rank for rank, other in enumerate(seen) if not torch.equal(other, seen[0])]
     if differing:
         raise ValueError(
-            f"ranks {differing} of the group were given another batch than rank 0; give every rank of a sequence the "
-            "same one (for instance a sampler seeded alike)"
+            f"ranks {differing} of the group were given another batch than rank 0; give all ranks of the group the "
+            "same batch (for example by seeding their samplers alike)"
         )
 
 
@@ -148,7 +148,7 @@ class SequenceShard:
     ) -> None:
         """Raise ValueError for arguments that do not work on a chunk of a sequence."""
         if length != self.length:
-            raise ValueError(f"the input has {length} tokens, this rank's chunk {self.length}; pass it as it was cut")
+            raise ValueError(f"the input has {length} tokens, this rank's chunk {self.length}; pass that chunk whole")
         context = config.conv1d_width - 1
         if "recurrent" in config.layers_block_type and length < context:
             raise ValueError(
@@ -283,7 +283,7 @@ class _LaterGrad(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dh_BCD: torch.Tensor, dlast_BD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         if torch.is_grad_enabled():
-            raise RuntimeError("a sequence over several ranks can be differentiated once: leave create_graph=True out")
+            raise RuntimeError("a sequence over several ranks can be differentiated once; leave create_graph=True out")
         a_BCD, decay_BD = ctx.saved_tensors
         shard = ctx.shard
         own_BD = torch.addcmul(_through_decay(dh_BCD, a_BCD, decay_BD.dtype), decay_BD, dlast_BD)

@@ -218,8 +218,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 def _gradient(ctx: Any, grad_N: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     if torch.is_grad_enabled():
         raise RuntimeError(
-            "the loss without logits can be differentiated once; for create_graph=True take it from the logits, with "
-            "model.eval() or by a loss of your own on model(...).logits"
+            "the loss without logits can be differentiated once; for create_graph=True compute it from the logits: "
+            "call model.eval() first, or apply a loss function to model(...).logits"
         )
     unit_NE, x_NE, weight_VE, labels_N, lse_N = ctx.saved_tensors
     grad_x = grad_weight = None

@@ -78,7 +78,7 @@ class RecurrentGemmaVllmConfig:
             "recurrent" not in vllm_config.model_config.hf_config.layers_block_type
             and cache_config.enable_prefix_caching
         ):
-            logger.warning("prefix caching is off: for models with a state, vLLM's needs a recurrent layer")
+            logger.warning("prefix caching is off: in this architecture vLLM supports it only with a recurrent layer")
             cache_config.enable_prefix_caching = False
         if vllm_config.speculative_config is not None:
             raise ValueError(

@@ -3,8 +3,8 @@
     torchrun --nproc-per-node 2 examples/train_sharded.py --text TEXT                  # each rank has its own sequences
     torchrun --nproc-per-node 4 examples/train_sharded.py --text TEXT --ranks-per-sequence 4 --length 131072 --steps 1
 
-The second line uses context parallelism: four ranks hold a quarter of each sequence. With `--ranks-per-sequence 2` on
-eight ranks, four sequences are trained on at a time. A text that is too short is repeated.
+The second line uses context parallelism: each of four ranks has a quarter of the sequence. With `--ranks-per-sequence
+2`, eight ranks train on four sequences at a time. A text that is too short is repeated.
 
 For RecurrentGemma: `--model google/recurrentgemma-2b --bf16 --length 8192`. Weights, gradients and AdamW take 16 bytes
 per parameter, 43 GB for 2B and 137 GB for 9B, divided by the number of ranks: 2 and 4 GPUs of 80 GB leave room for the

@@ -188,9 +188,9 @@ def _training_step(
 ) -> float:
     model.train()
     targets_BT = batch.labels_BT[:, 1:]
-    asked = (targets_BT[0] != -100).nonzero()[:, 0]  # the same positions in every row
-    logits_BTV = model(batch.tokens_BT[:, :-1], use_cache=False, logits_to_keep=asked).logits
-    loss = F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT[:, asked].flatten())
+    answers = (targets_BT[0] != -100).nonzero()[:, 0]  # the same positions in every row
+    logits_BTV = model(batch.tokens_BT[:, :-1], use_cache=False, logits_to_keep=answers).logits
+    loss = F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT[:, answers].flatten())
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), settings.gradient_clip)
     optimizer.step()

@@ -162,13 +162,13 @@ def _phonebook(length: int, batch_size: int, generator: torch.Generator, depth: 
     digits_BNL = _uniform(0, 10, (batch_size, entries, NUMBER), generator)
     colon_BN1 = torch.full((batch_size, entries, 1), COLON)
     lines_BNL = torch.cat([letters_BNL, colon_BN1, digits_BNL, torch.full_like(colon_BN1, NEWLINE)], dim=2)
-    asked_BN = _distinct(entries, (batch_size, 3), generator)
+    queried_BN = _distinct(entries, (batch_size, 3), generator)
     if depth is not None:
         target = round(depth * (entries - 1))
         # The examples are any other two entries.
         examples_BN = (target + 1 + _distinct(entries - 1, (batch_size, 2), generator)) % entries
-        asked_BN = torch.cat([examples_BN, torch.full((batch_size, 1), target)], dim=1)
-    questions_BNL = lines_BNL.gather(1, asked_BN[:, :, None].expand(-1, -1, ENTRY))
+        queried_BN = torch.cat([examples_BN, torch.full((batch_size, 1), target)], dim=1)
+    questions_BNL = lines_BNL.gather(1, queried_BN[:, :, None].expand(-1, -1, ENTRY))
     book_BT = torch.cat([lines_BNL, questions_BNL], dim=1).flatten(1)[:, :-1]
     padding = torch.full((batch_size, length - book_BT.shape[1]), PAD)
     tokens_BT = torch.cat([padding, book_BT], dim=1)

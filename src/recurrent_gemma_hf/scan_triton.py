@@ -2,7 +2,7 @@
 
 Memory traffic in bfloat16, per element: 6 bytes forward and 10 backward; with several segments of time, 4 more each.
 
-Shape suffixes: B batch, T time, D channels, S segments.
+Shapes: B batch, T tokens, D channels, S segments of time.
 """
 
 from __future__ import annotations

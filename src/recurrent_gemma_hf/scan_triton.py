@@ -111,10 +111,10 @@ def scan_backward_kernel(
                 decay = finite(a[k] * decay)
             else:
                 t = start + k
-                inside, at = within(is_channel, t, T), (b * T + t) * D + channel
+                inside, offset = within(is_channel, t, T), (b * T + t) * D + channel
                 da = g * tl.where(t == 0, h0, before[k])
-                tl.store(dx_ptr + at, g.to(dx_ptr.dtype.element_ty), mask=inside)
-                tl.store(da_ptr + at, da.to(da_ptr.dtype.element_ty), mask=inside)
+                tl.store(dx_ptr + offset, g.to(dx_ptr.dtype.element_ty), mask=inside)
+                tl.store(da_ptr + offset, da.to(da_ptr.dtype.element_ty), mask=inside)
     if SUMMARY:
         summary = (b * S + segment) * D + channel
         tl.store(decay_ptr + summary, decay, mask=is_channel)

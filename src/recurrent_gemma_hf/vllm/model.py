@@ -92,7 +92,7 @@ class Prompts(NamedTuple):
             torch.arange(count, device=stops.device) for count in (metadata.num_prefill_tokens, len(stops), context)
         )
         prompt_N = torch.searchsorted(stops, token, right=True).clamp_(max=len(stops) - 1)
-        shifted = [(at + context * prompt)[:, None] + tap for at in (starts, stops)]
+        shifted = [(edge + context * prompt)[:, None] + tap for edge in (starts, stops)]
         rows_S = metadata.state_indices_tensor_p.long()
         return Prompts(rows_S, metadata.has_initial_states_p, cu_seqlens, token + context * prompt_N, *shifted)
 
@@ -493,9 +493,9 @@ class RecurrentGemmaModel(nn.Module):
         else:
             assert input_ids is not None
             x_NE = self.embed_input_ids(input_ids)
-        at = Positions.of(positions, self.config, x_NE.dtype)
+        step_positions = Positions.of(positions, self.config, x_NE.dtype)
         for layer in islice(self.layers, self.start_layer, self.end_layer):
-            x_NE = layer(x_NE, at)
+            x_NE = layer(x_NE, step_positions)
         if not get_pp_group().is_last_rank:
             return IntermediateTensors({"hidden_states": x_NE})
         return self.final_norm(x_NE)

@@ -94,7 +94,7 @@ def staged(output: Path, needed_bytes: int) -> Iterator[Path]:
     """Yield a path beside `output`, a file or a folder, that becomes `output` when the block succeeds.
 
     If the block fails, nothing remains; the next run removes the remains of a killed process. Raises ConversionError if
-    `output` exists and is not an empty folder, or the disk has too little space.
+    `output` exists and is not an empty folder, its parent does not exist, or the disk has too little space.
     """
     output = output.absolute()
     if output.is_dir() and any(output.iterdir()):

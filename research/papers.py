@@ -175,8 +175,7 @@ def main(
         list[str] | None, typer.Option(help="A task of the list; repeat for several. All by default.")
     ] = None,
     published: Annotated[
-        str | None,
-        typer.Option(help="Also print this model's published figures: recurrentgemma-2b, -2b-it, -9b, -9b-it."),
+        str | None, typer.Option(help="Whose published figures to print: recurrentgemma-2b, -2b-it, -9b, -9b-it.")
     ] = None,
     limit: Annotated[int | None, typer.Option(help="Number of questions per task; all by default.")] = None,
     batch_size: Annotated[int, typer.Option(help="Questions per batch.")] = 8,

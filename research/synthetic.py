@@ -329,9 +329,7 @@ def main(
     learning_rate: Annotated[float, typer.Option(help="Learning rate between warmup and decay.")] = 3e-3,
     lengths: Annotated[
         str | None,
-        typer.Option(
-            help="Lengths to measure at, e.g. 64,128; 1 to 16 times --length by default. Depths up to 4 times."
-        ),
+        typer.Option(help="Measure at these lengths; 1, 2, 4, 8, 16 times --length by default, depths up to 4 times."),
     ] = None,
     rows: Annotated[int, typer.Option(help="Sequences per measurement.")] = 128,
     figure: Annotated[Path | None, typer.Option(help="Also save a figure to this PNG, SVG or PDF file.")] = None,

@@ -210,9 +210,8 @@ def rg_lru_step(
     """Compute gelu(y) * RG-LRU(conv1d(u)) for one token per row by two kernels, without gradients.
 
     Updates the convolution's state (S, D, K - 1), of any strides, and the float32 state (S, D) in place, so that a CUDA
-    graph can capture the call. Row b of the batch uses row state_indices_B[b] of the states, by default row b; a
-    negative index marks padding, whose output is 0. Masks as in `rg_lru` and `causal_conv1d`. Returns out (B, D) in the
-    dtype of u.
+    graph can capture the call. Row b of the batch uses row state_indices_B[b] of the states, by default row b; an index
+    < 0 marks padding, whose output is 0. Masks: see `rg_lru`, `causal_conv1d`. Returns out (B, D) in the dtype of u.
     """
     return _step(
         u_BD, y_BD, conv_state_SDC, h_SD, conv_weight_D1K, conv_bias_D, *parameters,

@@ -3,9 +3,9 @@
     python benchmarks/block.py [--device cuda] [--shapes 1x8192 8x8192] [--lru-widths 2560 3840]
 
 "inside" replaces the block's linear layers by identities and times the rest (convolution, gates, scan, gelu gate); its
-floor is each tensor moved once at the speed of a copy. "block" is the whole block, "products" its three matmuls alone,
-which bound the cost of a wider RNN. "gate and up" and "q, k and v" compare separate matmuls with one fused matmul, for
-one token, where launches dominate, and for many.
+floor is the time to move each tensor once at the speed of a copy. "block" is the whole block, "products" its three
+matmuls alone, a bound on the cost of a wider RNN. "gate and up" and "q, k and v" compare separate matmuls with one
+fused matmul, for one token, where launches dominate, and for many.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ PEERS: dict[str, Callable[..., Block]] = {f"ours: {name}": ours(name) for name i
 
 
 def products(config: RecurrentGemmaConfig, x_BTE: torch.Tensor, inside: bool) -> Block:
-    """Build the block's linear layers alone: the cost of the block if its inside were free."""
+    """Build only the block's linear layers: the cost of the block if its inside were free."""
     E, D = config.hidden_size, config.lru_width
     layers = [(nn.Linear(E, D), nn.Linear(E, D), nn.Linear(D, E))]
     x_layer, y_layer, out_layer = (layer.to(x_BTE.device, x_BTE.dtype) for layer in layers[0])
@@ -123,7 +123,7 @@ def jax_block(config: RecurrentGemmaConfig, x_BTE: torch.Tensor, direction: str)
 
 
 def call(block: Block, x_BTE: torch.Tensor, direction: str) -> Callable[[], Any]:
-    """Return a function that runs the forward, or forward and backward with all gradients."""
+    """Return a function that runs the forward pass or, for "both", also the backward pass with all gradients."""
     if direction == "forward":
 
         def forward() -> None:
@@ -136,7 +136,7 @@ def call(block: Block, x_BTE: torch.Tensor, direction: str) -> Callable[[], Any]
 
 
 def fused_or_not(config: RecurrentGemmaConfig, rows: int, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """Return the matmuls to compare: a name, and the widths of the weights that one fused weight would replace."""
+    """Return functions that run the matmuls of several weights ("ours") and of one weight in their place ("fused")."""
     E, kv = config.hidden_size, config.num_key_value_heads * config.head_dim
     widths = {"gate and up": [config.intermediate_size // 2] * 2, "q, k and v": [E, kv, kv]}
     x = torch.randn(1, rows, E, device=device).to(dtype)
@@ -196,7 +196,7 @@ def measure_peers(
     x_BTE = torch.randn(B, T, width, device=args.device).to(args.dtype)
     row = {"what": what, "direction": direction, "shape": f"{B}x{T}", "lru_width": config.lru_width, "tokens": B * T}
     row |= {"dtype": str(args.dtype), "title": f"{what}, {direction}"}
-    # Read u and y and write the output; and for the gradients read u, y and their like and write two.
+    # Forward reads u and y and writes the output; backward reads u, y and the output's gradient and writes two.
     moved = {"forward": 3, "both": 8}[direction] * B * T * config.lru_width * args.dtype.itemsize
     flops = 6 * B * T * config.hidden_size * config.lru_width * (1 if direction == "forward" else 3)
     floor = moved / limits.copy * 1e3 + (0 if what == "inside" else flops / limits.flops * 1e3)

@@ -1,6 +1,6 @@
 """Measure converting a checkpoint of the 2B shape (bfloat16, random): peak memory, and speed compared with `cp`.
 
-    python benchmarks/conversion.py FOLDER         # an empty folder with 20 GB free; what is written there is removed
+    python benchmarks/conversion.py FOLDER         # an empty folder with 20 GB free; it is emptied again
     python benchmarks/conversion.py FOLDER --9b    # Orbax to HF at the 9B shape instead: 35 GB free
 
 The official code creates the checkpoints. Before each timing the source is dropped from the page cache; each timing
@@ -118,7 +118,7 @@ def forget(path: Path) -> None:
 
 
 def timed(source: Path, work) -> tuple[float, float]:
-    """Return the seconds until the result of `work` is on the disk, and the value that `work` returned."""
+    """Return the seconds until the results of `work()` are on the disk, and the value it returned."""
     forget(source)
     start = time.perf_counter()
     result = work()

@@ -48,8 +48,8 @@ def model_of_test() -> RecurrentGemmaForCausalLM:
 
 
 def compared(device: torch.device, ours: Callable, exact: Callable, tensors: list[torch.Tensor | None]) -> float:
-    """Return the largest deviation of results and gradients of `ours`, on the device, from those of `exact`, in float64
-    on the CPU."""
+    """Return the largest relative deviation (in norm) of the results and gradients of `ours`, on the device, from those
+    of `exact`, in float64 on the CPU."""
     results = []
     for where, dtype, function in ((device, None, ours), ("cpu", torch.float64, exact)):
         leaves = [
@@ -80,7 +80,7 @@ def backends(device: torch.device) -> tuple[str, ...]:
 
 
 def convolutions(device: torch.device) -> Claims:
-    """Check the convolution with and without a past."""
+    """Check the convolution with and without earlier inputs in front."""
 
     def claim(backend: str, dtype: torch.dtype, shape: tuple[int, int, int], past: int) -> tuple[float, float]:
         set_backend(backend)
@@ -106,7 +106,7 @@ def convolutions(device: torch.device) -> Claims:
 
 
 def drawn(B: int, T: int, H: int, d: int, dtype: torch.dtype) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Return x, y, the parameters of the RG-LRU and h0; and where documents begin, and padding."""
+    """Draw x, y, the parameters of the RG-LRU and h0; and the masks of document starts and of padding."""
     D = H * d
     x, y = (torch.randn(B, T, D).to(dtype) for _ in range(2))
     weights = [tensor for _ in range(2) for tensor in (torch.randn(H, d, d) / d**0.5, torch.randn(H, d))]
@@ -142,7 +142,7 @@ def rg_lrus(device: torch.device) -> Claims:
 
 
 def steps(device: torch.device) -> Claims:
-    """Check the kernel of one token: convolution, RG-LRU and both states."""
+    """Check the kernels of one token: convolution, RG-LRU and both states."""
 
     def claim(dtype: torch.dtype, shape: tuple[int, int, int]) -> tuple[float, float]:
         B, H, d = shape
@@ -200,7 +200,7 @@ def models(device: torch.device) -> Claims:
 
 
 def generation(device: torch.device) -> Claims:
-    """Compare greedy text of the demo model with the CPU's: on the device, compiled, and far into a text."""
+    """Compare the demo model with itself on the CPU: greedy text, compiled too, and logits far into a text."""
     reference = AutoModelForCausalLM.from_pretrained(demo_checkpoint(), dtype=torch.float32)
     model = copy.deepcopy(reference).to(device)
     ids = torch.randint(2, 900, (2, 40))
@@ -216,7 +216,7 @@ def generation(device: torch.device) -> Claims:
         return differs(cache_implementation="static", compile_config=config)
 
     def far() -> tuple[float, float]:
-        """Compare the steps at positions 10 and 1,000,000 with those on the CPU."""
+        """Compare the logits of a step at positions 10 and 1,000,000 with the CPU's."""
         worst = 0.0
         for position in (10, 1_000_000):
             outs = []

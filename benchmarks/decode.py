@@ -5,10 +5,10 @@
     python benchmarks/decode.py --size 2b --weights int8 --dtype bfloat16 --peers ours in-tree --float32 in-tree
 
 The floor of a step is the time to read every weight and the state of every row once, at the bandwidth of the fastest
-read of the same run. Peers are interleaved, so that a disturbance of the machine affects all of them. The bandwidth of
-a CPU's memory that is shared with other machines can double within a second: on a CPU each step is followed by a read
-of half a gigabyte, and the share of the floor is the median over the steps. Peers named after --float32 run in float32,
-independently of --dtype and --weights. In-tree and ours (compiled or not) share equal weights in memory.
+read of the same run. Peers are interleaved, so that a disturbance of the machine affects all of them. The memory
+bandwidth of a CPU shared with other machines can double within a second: on a CPU each step is followed by a read of
+half a gigabyte, and the share of the floor is the median over the steps. Peers named after --float32 run in float32,
+whatever --dtype and --weights are. In-tree and ours (compiled or not) share their weights in memory if they are equal.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ FULL_ATTENTION = ("gemma", "gemma, flash")  # their state grows: no million toke
 
 
 def quantize(peer: Any, weights: str) -> None:
-    """Quantize as in docs/quantization.md, including the head."""
+    """Quantize a peer as in docs/quantization.md, the head included."""
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
     if weights == "int8":
@@ -54,14 +54,14 @@ def quantize(peer: Any, weights: str) -> None:
 
 
 def tensor_bytes(tensor: torch.Tensor) -> int:
-    """Return the bytes of a tensor, including torchao's, which consist of several."""
+    """Return the bytes of a tensor; torchao's consist of several tensors."""
     if hasattr(tensor, "__tensor_flatten__") and type(tensor) is not torch.nn.Parameter:
         return sum(tensor_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
     return tensor.numel() * tensor.element_size()
 
 
 class Decoding:
-    """Holds the peers of one run and measures them."""
+    """The peers of one run, and their measurement."""
 
     def __init__(self, args: Any, add: Callable[[dict], None]) -> None:
         self.args, self.add = args, add
@@ -70,11 +70,11 @@ class Decoding:
         self.made: dict[str, Any] = {}
 
     def refused(self, row: dict[str, Any]) -> None:
-        """Record the row of a preparatory attempt if it failed."""
+        """Record the row of a failed preparation."""
         if "error" in row:
             self.add(row)
 
-    def form(self, name: str) -> tuple[torch.dtype, str]:
+    def dtype_and_weights(self, name: str) -> tuple[torch.dtype, str]:
         """Return the dtype and the weights of a peer."""
         return (torch.float32, AS_THEY_ARE) if name in self.args.float32 else (self.args.dtype, self.args.weights)
 
@@ -84,9 +84,9 @@ class Decoding:
         for name in names:
 
             def make(name: str = name) -> dict[str, Any]:
-                dtype, weights = self.form(name)
+                dtype, weights = self.dtype_and_weights(name)
                 can_share = name in ("in-tree", "ours, compiled") and "ours" in self.made
-                is_twin = can_share and self.form("ours") == (dtype, weights) == (dtype, AS_THEY_ARE)
+                is_twin = can_share and self.dtype_and_weights("ours") == (dtype, weights) == (dtype, AS_THEY_ARE)
                 shared = {"twin": self.made["ours"]} if is_twin else {}
                 peer = PEERS[name](SIZES[self.args.size](), self.args.device, dtype, **shared)
                 if weights != AS_THEY_ARE:
@@ -94,22 +94,22 @@ class Decoding:
                 self.made[name] = peer
                 return {}
 
-            attempt({"weights": self.form(name)[1], "model": name}, make, self.refused)
+            attempt({"weights": self.dtype_and_weights(name)[1], "model": name}, make, self.refused)
 
     def read_bytes(self, peer: Any, context: int) -> int:
         state = self.args.batch * peer.cache_bytes(context)
-        if self.form(peer.name)[1] == AS_THEY_ARE:
+        if self.dtype_and_weights(peer.name)[1] == AS_THEY_ARE:
             return peer.weight_bytes() + state
-        table = peer.model.model.embed_tokens.weight  # not read once the head has weights of its own
+        table = peer.model.model.embed_tokens.weight  # not read: the quantized head has its own weights
         return sum(tensor_bytes(p) for p in peer.model.parameters() if p is not table) + state
 
     def row(self, name: str, context: int) -> dict[str, Any]:
-        dtype, weights = self.form(name)
+        dtype, weights = self.dtype_and_weights(name)
         about = {"weights": weights, "B": self.args.batch, "context": context, "model": name}
         return {**about, "dtype": str(dtype), "size": self.args.size}
 
     def started(self, context: int) -> dict[str, Callable[[], None]]:
-        """Return a step, compiled and captured, of every peer that can run."""
+        """Return a decoding step, compiled and captured, of every peer that can run."""
         steps: dict[str, Callable[[], None]] = {}
         for name, peer in self.made.items():
             if name in FULL_ATTENTION and context > 200_000:
@@ -126,8 +126,8 @@ class Decoding:
             attempt(self.row(name, context), start, self.refused)
         return steps
 
-    def turn(self, name: str, step: Callable[[], None], read_bytes: int) -> tuple[float, list[float]]:
-        """Return the milliseconds per token of one turn, and its shares of the floor (on a CPU for every token)."""
+    def time_tokens(self, name: str, step: Callable[[], None], read_bytes: int) -> tuple[float, list[float]]:
+        """Return the milliseconds per token, over `args.tokens`, and the shares of the floor (on a CPU per token)."""
         if self.args.device.type != "cpu":
             clock = Clock(torch.device("cpu")) if self.made[name].jits else self.clock
 
@@ -151,9 +151,9 @@ class Decoding:
         read_bytes = {name: self.read_bytes(self.made[name], context) for name in steps}
         for _ in range(self.args.repeats):
             for name, step in steps.items():
-                ms, turn = self.turn(name, step, read_bytes[name])
+                ms, step_shares = self.time_tokens(name, step, read_bytes[name])
                 best[name] = min(best.get(name, math.inf), ms)
-                shares[name] += turn
+                shares[name] += step_shares
         for name, ms in best.items():
             floor = read_bytes[name] / self.limits.read * 1e3
             speed = {"ms": ms, "tokens/s": self.args.batch / ms * 1e3, "floor ms": floor}
@@ -167,10 +167,10 @@ def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--contexts", type=int, nargs="+")
     parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--tokens", type=int, default=32, help="per turn")
+    parser.add_argument("--tokens", type=int, default=32, help="timed per peer and repeat")
     parser.add_argument("--weights", choices=[AS_THEY_ARE, "int8", "int4"], default=AS_THEY_ARE)
     parser.add_argument("--float32", nargs="+", choices=list(PEERS), default=[], help="peers that run in float32")
-    parser.add_argument("--one-by-one", action="store_true", help="one peer in memory at a time, as on a GPU: no turns")
+    parser.add_argument("--one-by-one", action="store_true", help="one peer in memory at a time, as on a GPU")
     args = parsed(parser)
     args.tokens = min(args.tokens, 2) if args.quick else args.tokens
     args.tag = "_".join(part for part in (args.tag, "" if args.weights == AS_THEY_ARE else args.weights) if part)

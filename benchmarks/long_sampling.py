@@ -28,7 +28,7 @@ FIGURE = Path(__file__).parents[1] / "docs" / "long_sampling.png"
 
 @torch.inference_mode()
 def sample(model: torch.nn.Module, tokens: int, name: str) -> list[dict[str, float | int | str]]:
-    """Sample one token after another and return a row of measurements per thousand."""
+    """Sample tokens one by one; return a row of measurements per `EVERY` tokens."""
     model.eval()
     process, rows = psutil.Process(), []
     ids, cache = torch.tensor([[2]]), None

@@ -2,9 +2,9 @@
 
     python benchmarks/memory.py --hidden-size 512 --layers 12 --vocab-size 32000 --tokens 2048
 
-torch's profiler counts every allocation and release of the second training step, in addition to the existing weights
-and optimizer state. `--loss` compares one step at a vocabulary of 256,000 with the loss of all logits and with ours,
-measured in the same way and as the resident memory of the process.
+torch's profiler counts every allocation and release of the second training step; the weights and the optimizer state
+that exist before it are added. `--loss` compares one step at a vocabulary of 256,000 with the loss from all logits and
+with ours, measured in the same way and as the peak resident memory of the process.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from recurrent_gemma_hf.memory import STRATEGIES, training_memory
 
 
 def allocated_peak(step: Callable[[], object]) -> int:
-    """Return the peak of the bytes that torch allocated during the step, beyond those allocated before."""
+    """Return the peak number of bytes that torch allocates during the step, without those allocated before."""
     with torch.profiler.profile(profile_memory=True) as profile:
         step()
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
@@ -37,7 +37,7 @@ def allocated_peak(step: Callable[[], object]) -> int:
 
 
 def measured_peak(config, strategy: str, tokens: int, checkpointing: bool, rank: int = 16) -> int:
-    """Return the peak of the second training step of a real model. Does not support QLoRA."""
+    """Return the peak bytes of a model's second training step, weights and optimizer state included; not for QLoRA."""
     how = STRATEGIES[strategy]
     torch.manual_seed(0)
     model = RecurrentGemmaForCausalLM(config)
@@ -88,7 +88,7 @@ def compare(options: argparse.Namespace) -> None:
 
 
 def one_step(kind: str, tokens: int, hidden_size: int, dtype: str) -> dict[str, float]:
-    """Measure the peak of one forward and backward at a vocabulary of 256,000, in this process."""
+    """Measure the peak memory of a forward and backward pass at a vocabulary of 256,000, in this process."""
     torch.manual_seed(0)
     model = RecurrentGemmaForCausalLM(our_config(hidden_size, 3, hidden_size // 64, 2048, 256_000))
     model.to(getattr(torch, dtype)).train()
@@ -126,7 +126,7 @@ def main() -> None:
         print(json.dumps(one_step(options.one_step, options.tokens, options.hidden_size, options.dtype)))
     elif options.loss:
         rows = []
-        for kind in ("ours", "plain"):  # each in a process of its own: resident memory never shrinks
+        for kind in ("ours", "plain"):  # in separate processes, because the peak of resident memory never falls
             command = [sys.executable, __file__, "--one-step", kind, "--tokens", str(options.tokens)]
             command += ["--hidden-size", str(options.hidden_size), "--dtype", options.dtype]
             done = subprocess.run(command, capture_output=True, text=True, env=os.environ)

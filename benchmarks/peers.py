@@ -75,7 +75,7 @@ def synchronize() -> None:
 
 
 def seconds(run: Callable[[], Any], repeats: int, warmup: int = 1) -> float:
-    """Return the wall time of the fastest of `repeats` runs, because noise on a shared machine only adds time."""
+    """Return the seconds of the fastest of `repeats` runs, because noise on a shared machine only adds time."""
     for _ in range(warmup):
         run()
     best = math.inf
@@ -90,7 +90,7 @@ def seconds(run: Callable[[], Any], repeats: int, warmup: int = 1) -> float:
 
 @dataclass
 class Clock:
-    """Measures the milliseconds of one call: on a GPU the median between events, on a CPU the minimum wall time."""
+    """Measures milliseconds per call: on a GPU the median between events, on a CPU the minimum wall time."""
 
     device: torch.device
 
@@ -99,7 +99,7 @@ class Clock:
         return torch.empty(1 << 28, dtype=torch.int8, device=self.device)  # several times any L2 cache
 
     def ms(self, run: Callable[[], Any], repeats: int = 10, warmup: int = 3, flush: bool = False) -> float:
-        """Time `run`. `flush` empties the GPU's L2 cache before each call, for kernels whose data would stay there."""
+        """Return the time of `run`. `flush`: empty the GPU's L2 cache before each call, which may hold the inputs."""
         if self.device.type != "cuda":
             return seconds(run, repeats, min(warmup, 1)) * 1e3
         for _ in range(warmup):
@@ -117,12 +117,12 @@ class Clock:
 
 @dataclass
 class Limits:
-    """Measures the limits of the machine in the same run: the floors of all other timings."""
+    """Measures the machine's bandwidth and matmul throughput in the same run; the floors are computed from them."""
 
     device: torch.device
     dtype: torch.dtype
-    elements: int = 1 << 27  # of the arrays that are copied and read
-    side: int = 8192  # of the square matrices that are multiplied
+    elements: int = 1 << 27  # size of the arrays that are copied and read
+    side: int = 8192  # size of the square matrices that are multiplied
 
     @staticmethod
     def of(device: torch.device, dtype: torch.dtype, quick: bool) -> Limits:
@@ -145,12 +145,12 @@ class Limits:
         return torch.randn(self.elements // columns, columns, device=self.device)
 
     def read_once(self) -> float:
-        """Return the bytes per second of one sum: the memory bandwidth at this moment."""
+        """Return the bytes per second of a single sum: the current read bandwidth."""
         return 4 * self.elements / Clock(self.device).ms(self._matrix.sum, repeats=1, warmup=0) * 1e3
 
     @cached_property
     def read(self) -> float:
-        """Return the bytes per second read by the faster of a sum and a matrix-vector product, decoding's limit."""
+        """Return the read bandwidth (bytes/s), decoding's limit: the faster of a sum and a matrix-vector product."""
         matrix, vector = self._matrix, torch.ones(self._matrix.shape[1], device=self.device)
         return 4 * self.elements / min(self._ms(matrix.sum), self._ms(lambda: torch.mv(matrix, vector))) * 1e3
 
@@ -172,7 +172,7 @@ class Missing(Exception):
 
 
 def needed(module: str) -> Any:
-    """Import a module that only a peer needs."""
+    """Import a module that only a peer needs; raise `Missing` if that fails."""
     try:
         return importlib.import_module(module)
     except Exception as error:  # an import may fail in any way; the row gives the reason
@@ -182,8 +182,8 @@ def needed(module: str) -> Any:
 def materialized(
     build: Callable[[], torch.nn.Module], device: torch.device, dtype: torch.dtype, twin: torch.nn.Module | None = None
 ) -> torch.nn.Module:
-    """Build a model with small random weights, skipping the initialisation, which takes minutes at 2B. To save memory,
-    `twin` shares its weights under the same names."""
+    """Build a model with small random weights, skipping the initialisation, which takes minutes at 2B. With `twin`,
+    share that model's weights of the same names, which saves memory."""
     torch.manual_seed(0)
     with torch.device("meta"):
         model = build().to(dtype)
@@ -205,10 +205,10 @@ def materialized(
 
 
 class Peer:
-    """Represents one model on one device. Subclasses run it; `decoder` creates the state for decoding."""
+    """One model on one device."""
 
     name: str
-    jits = False  # compiles itself and returns when the device is done
+    jits = False  # True: compiles itself, and waits for the device before it returns
 
     def prefill(self, ids_BT: torch.Tensor) -> None:
         raise NotImplementedError
@@ -222,7 +222,7 @@ class Peer:
         raise NotImplementedError
 
     def cache_bytes(self, context: int) -> int:
-        """Return the bytes of the state of one sequence."""
+        """Return the bytes of one sequence's state after `context` tokens."""
         raise NotImplementedError
 
     def weight_bytes(self) -> int:
@@ -235,14 +235,14 @@ class Peer:
 
 
 def _attention_pairs(tokens: int, window: int | None) -> float:
-    """Return the number of (query, key) pairs in a row of tokens."""
+    """Return the number of (query, key) pairs within the mask in a row of tokens."""
     if window is None or tokens <= window + 1:
         return tokens * (tokens + 1) / 2
     return (window + 1) * (window + 2) / 2 + (tokens - window - 1) * (window + 1)
 
 
 class TorchPeer(Peer):
-    """Implements the parts common to the PyTorch models."""
+    """The common part of the PyTorch models."""
 
     model: torch.nn.Module
 
@@ -260,13 +260,13 @@ class TorchPeer(Peer):
     def flops(self, tokens: int, training: bool) -> float:
         head = self.config.vocab_size * self.config.hidden_size
         body = sum(p.numel() for p in self.model.parameters() if p.ndim > 1) - head
-        products = 2 * (body * tokens + head * (tokens if training else 1))
+        matmuls = 2 * (body * tokens + head * (tokens if training else 1))
         attention = 4 * _attention_pairs(tokens, self.window) * self.config.hidden_size * self.attention_layers
-        return (products + attention) * (3 if training else 1)
+        return (matmuls + attention) * (3 if training else 1)
 
 
 class HuggingFacePeer(TorchPeer):
-    """Runs models with the Transformers interface."""
+    """A model with the interface of Transformers."""
 
     def new_cache(self) -> Any:
         # The in-tree model returns no cache and loses its keys and values unless it is given one, as generate() does.
@@ -304,7 +304,7 @@ class HuggingFacePeer(TorchPeer):
         self.model(input_ids=ids, position_ids=position, **{CACHE_NAME: cache}, use_cache=True, logits_to_keep=1)
 
     def _fill(self, cache: Any, batch: int, context: int) -> int:
-        """Fill the state: a window of tokens is enough, because beyond it only the position changes."""
+        """Fill the state; return the next position. One window suffices: beyond it only the position changes."""
         tokens = min(context, self.config.attention_window_size + 1)
         self.model(input_ids=self.ids(batch, tokens), **{CACHE_NAME: cache}, use_cache=True, logits_to_keep=1)
         return context
@@ -317,7 +317,7 @@ class HuggingFacePeer(TorchPeer):
 
 
 class RecurrentGemmaPeer(HuggingFacePeer):
-    """Runs an implementation of RecurrentGemma; two of them can share one set of weights."""
+    """An implementation of RecurrentGemma in Transformers; two can share one set of weights."""
 
     def __init__(
         self,
@@ -334,7 +334,7 @@ class RecurrentGemmaPeer(HuggingFacePeer):
 
 
 class Ours(RecurrentGemmaPeer):
-    """Runs this package."""
+    """This package."""
 
     name = "ours"
 
@@ -356,7 +356,7 @@ class Ours(RecurrentGemmaPeer):
 
 
 class OursCompiled(Ours):
-    """Runs this package compiled; a decoding step becomes one CUDA graph."""
+    """This package, compiled; on a GPU a decoding step becomes one CUDA graph."""
 
     name = "ours, compiled"
 
@@ -382,7 +382,7 @@ class OursCompiled(Ours):
 
 
 class InTree(RecurrentGemmaPeer):
-    """Runs Transformers' own RecurrentGemma."""
+    """Transformers' own RecurrentGemma."""
 
     name = "in-tree"
 
@@ -402,7 +402,7 @@ def in_tree_recurrent_gemma(config: RecurrentGemmaConfig) -> torch.nn.Module:
 
 
 class Gemma(HuggingFacePeer):
-    """Runs a transformer of equal size with torch's fused attention."""
+    """A transformer of equal size with torch's fused attention."""
 
     name = "gemma"
     attention = "sdpa"
@@ -413,7 +413,7 @@ class Gemma(HuggingFacePeer):
         self.attention_layers, self.window = config.num_hidden_layers, None
 
     def _fill(self, cache: Any, batch: int, context: int) -> int:
-        """Fill the cache with random keys and values, which cost the same as a text's and need no prefill."""
+        """Fill the cache with random keys and values, which cost as much as a text's and need no prefill."""
         heads = self.model.config.num_key_value_heads
         for layer in range(self.config.num_hidden_layers):
             shape = (batch, heads, context, self.config.head_dim)
@@ -426,7 +426,7 @@ class Gemma(HuggingFacePeer):
 
 
 class GemmaFlash(Gemma):
-    """Runs the same transformer with the flash-attn package."""
+    """The same transformer with the flash-attn package."""
 
     name = "gemma, flash"
     attention = "flash_attention_2"
@@ -437,7 +437,7 @@ class GemmaFlash(Gemma):
 
 
 def gemma(config: RecurrentGemmaConfig, attention: str = "sdpa") -> torch.nn.Module:
-    """Build a Gemma with the same layers, heads and widths, and an MLP that gives the same number of parameters."""
+    """Build a Gemma with as many layers and heads and the same width; its MLP makes up the number of parameters."""
 
     def build(width: int) -> torch.nn.Module:
         torch.manual_seed(0)
@@ -481,7 +481,7 @@ def official_config(config: RecurrentGemmaConfig) -> Any:
 
 
 class OfficialTorch(TorchPeer):
-    """Runs Google's code in PyTorch."""
+    """Google's code in PyTorch."""
 
     name = "official torch"
 
@@ -528,7 +528,7 @@ class OfficialTorch(TorchPeer):
 
 
 class OfficialJax(Peer):
-    """Runs Google's code in JAX, compiled, with the scan that its AUTO chooses."""
+    """Google's code in JAX, compiled, with the scan that its AUTO chooses."""
 
     name = "official jax"
     jits = True
@@ -655,7 +655,7 @@ def peak_gb() -> float | None:
 
 
 def attempt(row: dict[str, Any], measure: Callable[[], dict[str, Any]], add: Callable[[dict[str, Any]], None]) -> bool:
-    """Measure and add the row, or add it with the reason for the failure. Return whether the measurement succeeded."""
+    """Measure and add the row, or add it with the reason for the failure; return True if the measurement succeeded."""
     try:
         measured = measure()
     except Exception as error:  # one peer's failure must not lose the others' results
@@ -669,7 +669,7 @@ def attempt(row: dict[str, Any], measure: Callable[[], dict[str, Any]], add: Cal
 
 
 def machine() -> dict[str, Any]:
-    """Return hardware, commit and versions, recorded in every row."""
+    """Return the hardware, the commit and the versions that are recorded in every row."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []

@@ -51,7 +51,7 @@ def our_scan(backend: str) -> Callable[[torch.Tensor, torch.Tensor], Callable]:
 
 
 def accelerated_scan(x_BTD: torch.Tensor, a_BTD: torch.Tensor) -> Callable:
-    """Build accelerated-scan, which needs channels before time and a power of two; its time includes our transposes."""
+    """Build accelerated-scan, which needs (B, D, T), T a power of two; its time includes the transposes."""
     T = x_BTD.shape[1]
     if T & (T - 1):
         raise Missing(f"T={T} is no power of two")
@@ -60,7 +60,7 @@ def accelerated_scan(x_BTD: torch.Tensor, a_BTD: torch.Tensor) -> Callable:
 
 
 def hgrn(x_BTD: torch.Tensor, a_BTD: torch.Tensor) -> Callable:
-    """Build fla-core's scan, which takes the logarithm of a (its sum over a chunk); that is computed before timing."""
+    """Build fla-core's scan. It takes log a, but is given a: any values will do for a timing."""
     if not x_BTD.is_cuda:
         raise Missing("fla's kernels need a GPU")
     chunk_hgrn = needed("fla.ops.hgrn").chunk_hgrn
@@ -68,7 +68,7 @@ def hgrn(x_BTD: torch.Tensor, a_BTD: torch.Tensor) -> Callable:
 
 
 def selective_scan(x_BTD: torch.Tensor, a_BTD: torch.Tensor) -> Callable:
-    """Build mamba-ssm's scan with one state per channel. It takes exp(delta A) and delta B x; any values will do."""
+    """Build mamba-ssm's scan with one state per channel. It takes delta and A instead of a: any values will do."""
     if not x_BTD.is_cuda:
         raise Missing("mamba-ssm's kernels need a GPU")
     scan = needed("mamba_ssm.ops.selective_scan_interface").selective_scan_fn
@@ -93,7 +93,7 @@ PEERS: dict[str, Callable] = {f"ours: {name}": our_scan(name) for name in BACKEN
 
 
 def jax_scan(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, what: str) -> Callable[[], Any]:
-    """Build Google's scan, compiled, in the form that its AUTO chooses."""
+    """Build Google's scan, compiled, with the implementation that its AUTO chooses."""
     jax = needed("jax")
     linear_scan = needed("recurrentgemma.jax.scan").linear_scan
     wanted = {"cuda": "gpu"}.get(device.type, device.type)

@@ -1,7 +1,7 @@
 """Measure requests per second on vLLM, with `generate()` and a transformer of equal size on the same vLLM.
 
-One process measures one system; the last command draws all results. Run them in the environment of `make test-vllm`, or
-one with a GPU and vLLM:
+Each process measures one system; the last command plots all results. Run them in the environment of `make test-vllm` or
+in one with a GPU and vLLM:
 
     python benchmarks/serving.py vllm
     python benchmarks/serving.py vllm-gemma
@@ -57,7 +57,7 @@ def config():
 
 
 def vllm_seconds(model: torch.nn.Module):
-    """Return a function that serves requests, at most so many at a time, and returns the seconds it took."""
+    """Return run(concurrent, requests), which serves at most `concurrent` at a time and returns the seconds it took."""
     from vllm import LLM, SamplingParams
 
     folder = tempfile.mkdtemp()
@@ -84,7 +84,7 @@ def vllm_seconds(model: torch.nn.Module):
 
 
 def generate_seconds(model: torch.nn.Module):
-    """Return such a function for `generate()` with padded batches of requests of similar length."""
+    """Return the same for `generate()`, with padded batches of `concurrent` requests of similar length."""
 
     def run(concurrent: int, work: list[tuple[list[int], int]]) -> float:
         start = time.perf_counter()
@@ -105,10 +105,10 @@ def measure(system: str, is_long: bool) -> None:
         torch.manual_seed(0)
         model = gemma(config()) if system == "vllm-gemma" else RecurrentGemmaForCausalLM(config())
         run = (generate_seconds if system == "generate" else vllm_seconds)(model.eval())
-        run(16, requests(SHORT)[:16])  # compiles and touches the memory
+        run(16, requests(SHORT)[:16])  # warm-up: compilation, first use of the memory
         work = requests(LONG if is_long else SHORT)
         for concurrent in CONCURRENT[2:3] if is_long else CONCURRENT:
-            part = work if concurrent >= 16 else work[: 16 * concurrent]  # few at a time take long
+            part = work if concurrent >= 16 else work[: 16 * concurrent]  # all would take long
             seconds = run(concurrent, part)
             row({
                 "system": system, "concurrent": concurrent, "requests_per_s": len(part) / seconds,

@@ -43,9 +43,9 @@ def free_bytes(args: Any, peer: Peer) -> float:
 
 
 def largest(args: Any, peer: Peer, sampled: int) -> tuple[int, Callable[[], None]]:
-    """Return the largest batch and its decoding step half way through."""
+    """Return the size of the largest batch that fits, and its decoding step half way through a sequence."""
     total = args.prompt + sampled
-    # Logits in float32 beside the state.
+    # The state, and two copies of the logits in float32.
     per_sequence = peer.cache_bytes(total) + 8 * SIZES[args.size]().vocab_size
     batch = max(1, min(args.max_batch, int(SPARE * free_bytes(args, peer) / per_sequence)))
     while True:

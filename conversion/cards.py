@@ -15,7 +15,7 @@ from recurrent_gemma_hf import RecurrentGemmaConfig
 
 CARDS = Path(__file__).parents[1] / "model_cards"
 PUBLISHED = ("recurrentgemma-2b", "recurrentgemma-2b-it", "recurrentgemma-9b", "recurrentgemma-9b-it")
-MARK = "<!-- checkpoint -->"  # where the section goes
+MARK = "<!-- checkpoint -->"  # replaced by the section
 
 # The fields that distinguish the published architectures.
 SHAPE_FIELDS = (
@@ -58,7 +58,7 @@ def write_card(model_name: str | None, output: Path, converted_from: str) -> Non
     config = _read_config(output)
     if model_name is not None:
         _check_shape(model_name, config)
-    section = _checkpoint_section(model_name, config, _stored_numbers(output), converted_from)
+    section = _checkpoint_section(model_name, config, _stored_values(output), converted_from)
     template = (CARDS / f"{model_name or 'converted'}.md").read_text(encoding="utf-8")
     card = template.replace(MARK, section)
     ModelCard(card)  # raises on metadata that the Hub would refuse to read
@@ -83,31 +83,31 @@ def _check_shape(model_name: str, config: RecurrentGemmaConfig) -> None:
         raise ValueError(f"these weights are not {model_name}: {'; '.join(different)}; name the right model, or None")
 
 
-def _stored_numbers(output: Path) -> Counter[str]:
+def _stored_values(output: Path) -> Counter[str]:
     """Count the values of each dtype in the safetensors. Reads only the headers."""
     shards = sorted(output.glob("*.safetensors"))
     if not shards:
         raise FileNotFoundError(f"no *.safetensors in {output}: write the weights first, the card describes them")
-    numbers: Counter[str] = Counter()
+    values: Counter[str] = Counter()
     for shard in shards:
         with safe_open(shard, framework="np") as tensors:
             for name in tensors.keys():  # noqa: SIM118 (it is no mapping and cannot be iterated over)
                 tensor = tensors.get_slice(name)
                 dtype = tensor.get_dtype()
-                numbers[DTYPES.get(dtype, dtype)] += math.prod(tensor.get_shape())
-    return numbers
+                values[DTYPES.get(dtype, dtype)] += math.prod(tensor.get_shape())
+    return values
 
 
 def _checkpoint_section(
-    model_name: str | None, config: RecurrentGemmaConfig, numbers: Counter[str], converted_from: str
+    model_name: str | None, config: RecurrentGemmaConfig, values: Counter[str], converted_from: str
 ) -> str:
     blocks = Counter(config.layers_block_type)
     kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(blocks.items(), reverse=True))
     rows = {
         "Checkpoint": model_name or "not one of those that Google published",
         "Converted from": converted_from,
-        "Parameters": f"{numbers.total():,}",
-        "Stored as": ", ".join(dtype for dtype, _ in numbers.most_common()),
+        "Parameters": f"{values.total():,}",
+        "Stored as": ", ".join(dtype for dtype, _ in values.most_common()),
         "Blocks": f"{config.num_hidden_layers}: {kinds}",
         "Width": f"{config.hidden_size:,}; RG-LRU {config.lru_width:,}",
         "Vocabulary": f"{config.vocab_size:,}",

@@ -151,7 +151,7 @@ def _first(shapes: Shapes, pattern: str) -> tuple[int, ...]:
 
 
 def _pattern(kinds: list[str]) -> list[str]:
-    """Return the shortest pattern that, repeated and cut, gives these layers, as in the published configs."""
+    """Return the shortest pattern whose repetition, cut to length, gives these layers, as in the published configs."""
     lengths = range(1, len(kinds) + 1)
     period = next(n for n in lengths if all(kind == kinds[i % n] for i, kind in enumerate(kinds)))
     return kinds[:period]
@@ -171,7 +171,7 @@ def _refuse_contradictions(config: RecurrentGemmaConfig, claims: Claims, who: st
 
 
 def check_official_can_express(config: RecurrentGemmaConfig, claims: Claims) -> None:
-    """Raise unless the official code can run a model with this config and the caller's claims agree with it."""
+    """Raise ConversionError unless the official code can run this config and the caller's claims agree with it."""
     _refuse_contradictions(config, claims, "config.json says")
     wrong = [
         f"{field}={getattr(config, field)!r} (official: {value!r})"
@@ -186,7 +186,7 @@ def check_official_can_express(config: RecurrentGemmaConfig, claims: Claims) -> 
 
 
 def our_shapes(config: RecurrentGemmaConfig) -> dict[str, tuple[int, ...]]:
-    """Return names and shapes of our parameters from the model itself; the tied head counts once."""
+    """Return names and shapes of our parameters, read from a model on the meta device; a tied head counts once."""
     with torch.device("meta"):
         model = RecurrentGemmaForCausalLM(config)
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
@@ -203,7 +203,7 @@ def official_shapes(rows: list[Row], ours: Shapes) -> dict[str, tuple[int, ...]]
 
 
 def check_bijection(rows: list[Row], ours: Shapes, expected: Shapes, found: Shapes) -> None:
-    """Raise one error that names everything that violates the bijection.
+    """Raise one ConversionError that names everything that violates the bijection.
 
     Every parameter of our model (`ours`) must come from one row, no array may have two rows, and the arrays `found`
     must equal those `expected` in name and shape.

@@ -72,7 +72,7 @@ def _push(output: Path, repo_id: str) -> None:
 
 
 def _is_published(checkpoint: Path, claims: Claims) -> bool:
-    """Return whether archive name and preset agree that this is one of Google's released models."""
+    """Tell whether archive name and preset agree that this is one of Google's released models."""
     name = published_name(checkpoint)
     return name is not None and claims.preset == name.removesuffix("-it")
 
@@ -115,7 +115,7 @@ def _to_official(row: Row, part: slice, source: Source) -> dict[str, torch.Tenso
 
 
 def _copy(target: Target, rows: list[Row], source: Source, plan: Plan, convert: Callable) -> None:
-    """Stream all pieces from `source` to `target`, reading the next while one is written: two pieces in memory."""
+    """Stream all pieces from `source` to `target`, reading the next while writing one: two pieces are in memory."""
 
     def read(row: Row, part: slice) -> dict[str, torch.Tensor]:
         return {name: tensor.to(plan[name].dtype).contiguous() for name, tensor in convert(row, part, source).items()}
@@ -156,7 +156,7 @@ def _verify(
 
 
 def main(direction: Callable, dialect: Dialect, description: str, arguments: list[str] | None = None) -> None:
-    """Run one of the four scripts: `direction` is one of the two functions above."""
+    """Run one of the four scripts. `direction`: `official_to_hf` or `hf_to_official`."""
     parser = _parser(description, with_tokenizer=direction is official_to_hf)
     given = parser.parse_args(arguments)
     options = Options(
@@ -168,7 +168,7 @@ def main(direction: Callable, dialect: Dialect, description: str, arguments: lis
     )
     try:
         config = direction(dialect, given.checkpoint, given.output, options)
-    except (ConversionError, ValueError, OSError) as error:  # of the tokenizer, the disk, the Hub
+    except (ConversionError, ValueError, OSError) as error:  # also from the tokenizer, the disk and the Hub
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit(f"interrupted: nothing was left in {given.output.absolute().parent}")

@@ -7,12 +7,12 @@ from checks import ConversionError
 
 
 def is_instruction_tuned(checkpoint: Path) -> bool:
-    """Return whether the archive's name (2b-it, 9b-it.pt) says so: the weights do not."""
+    """Tell whether the archive's name is an instruction-tuned model's (2b-it, 9b-it.pt); the weights do not show it."""
     return checkpoint.name.removesuffix(".pt").endswith("-it")
 
 
 def check_extra_files(checkpoint: Path, tokenizer: Path | None, vocab_size: int) -> None:
-    """Raise before the conversion starts if `write_extra_files` would fail."""
+    """Raise, before the conversion starts, if `write_extra_files` would fail."""
     if tokenizer is None:
         return
     if not tokenizer.is_file():
@@ -25,7 +25,7 @@ def check_extra_files(checkpoint: Path, tokenizer: Path | None, vocab_size: int)
 def write_extra_files(folder: Path, checkpoint: Path, tokenizer: Path | None, published: bool) -> None:
     """Write tokenizer and card into `folder`, which already holds the weights and config.json.
 
-    `published`: name and preset identify Google's weights, which get the card of that model; others get one with gaps.
+    `published`: the weights are Google's and get the card of that model; others get a card with gaps to fill.
     """
     if tokenizer is not None:
         from tokenizer import write_tokenizer

@@ -54,7 +54,7 @@ class OrbaxSource:
         self._base = self._find_store()
         self._specs: dict[str, dict] = {}
         self._arrays = self._open_arrays()
-        self._in_parts: tuple[str, Any] = ("", None)  # the array that is read in parts, and its name
+        self._in_parts: tuple[str, Any] = ("", None)  # name and array of the last read in parts
         self.shapes = {name: tuple(array.shape) for name, array in self._arrays.items()}
         self.dtypes = {name: _dtype(name, array.dtype.name) for name, array in self._arrays.items()}
 
@@ -92,8 +92,8 @@ class OrbaxSource:
     def _open_arrays(self) -> dict:
         import tensorstore
 
-        # Older Orbax omits pieces of an array that hold only zeros. If the metadata says that it did not, a missing
-        # piece means damage.
+        # Older Orbax omits pieces of an array that hold only zeros. If the metadata says that zeros are stored, a
+        # missing piece means damage.
         zeros_are_stored = self._metadata().get("store_array_data_equal_to_fill_value", False)
         drivers = {".zarray": "zarr", "zarr.json": "zarr3"}
         arrays = {}
@@ -133,7 +133,7 @@ class OrbaxSource:
             array = array.read().result()
         except (ValueError, OSError) as error:
             raise ConversionError(f"cannot read {name} of {self.path}: {_first_line(error)}; {_DAMAGED}") from error
-        if self.dtypes[name] == torch.bfloat16:  # NumPy lacks bfloat16 and torch cannot read another library's
+        if self.dtypes[name] == torch.bfloat16:  # torch cannot read the bfloat16 of ml_dtypes
             return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
         return torch.from_numpy(array)
 

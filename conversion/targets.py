@@ -93,7 +93,8 @@ class _Progress:
 def staged(output: Path, needed_bytes: int) -> Iterator[Path]:
     """Yield a path beside `output`, a file or a folder, that becomes `output` when the block succeeds.
 
-    If the block fails or is interrupted, nothing remains; the next run removes the remains of a killed one.
+    If the block fails, nothing remains; the next run removes the remains of a killed process. Raises ConversionError if
+    `output` exists and is not an empty folder, its parent does not exist, or the disk has too little space.
     """
     output = output.absolute()
     if output.is_dir() and any(output.iterdir()):
@@ -129,7 +130,7 @@ def _bytes_of(tensor: Tensor) -> memoryview:
 
 
 def to_numpy(tensor: Tensor) -> np.ndarray:
-    """Convert to NumPy without changing values; bfloat16 needs a dtype from a package of JAX."""
+    """Convert to NumPy without changing values; NumPy's bfloat16 comes from JAX's package ml_dtypes."""
     import ml_dtypes
 
     tensor = tensor.contiguous()
@@ -286,7 +287,7 @@ class OrbaxFolder:
     def __init__(self, folder: Path, plan: Plan):
         folder.mkdir()
         self._folder, self._plan, self._progress = folder, plan, _Progress(plan)
-        self._array = None  # the one that is being written
+        self._array = None  # currently being written
         leaves = {}
         for name in plan:
             keys = ("params", *_tree_keys(name))

@@ -29,7 +29,7 @@ def push(folder: Path, repo_id: str, private: bool = False) -> str:
         private: whether a new repository is private; an existing one is not changed.
 
     Returns:
-        the address of the commit.
+        The URL of the commit.
 
     Raises:
         ValueError: the folder holds no checkpoint, or the name is invalid.
@@ -43,14 +43,14 @@ def push(folder: Path, repo_id: str, private: bool = False) -> str:
         api.create_repo(repo_id, private=private, exist_ok=True)
         commit = api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=f"Upload {folder.name}")
     except OfflineModeIsEnabled:
-        raise  # a ConnectionError that says itself how to go online
+        raise  # a ConnectionError whose message gives the remedy
     except (HfHubHTTPError, HTTPError, ConnectionError, TimeoutError, RuntimeError) as error:  # the last three: hf_xet
         raise _explained(error, repo_id) from error
     return commit.commit_url
 
 
 def check_repository(repo_id: str) -> None:
-    """Raise the errors of `push` that can be detected without asking the Hub."""
+    """Raise those errors of `push` that can be detected without a request to the Hub."""
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
@@ -63,7 +63,7 @@ def check_repository(repo_id: str) -> None:
 
 
 def _check_folder(folder: Path) -> None:
-    """Raise if `from_pretrained` would not load the folder."""
+    """Raise ValueError if the folder lacks files that `from_pretrained` needs."""
     missing = [name for name in ("config.json", "*.safetensors") if not any(folder.glob(name))]
     if missing:
         raise ValueError(f"{folder} holds no checkpoint: {' and '.join(missing)} missing; convert one first")

@@ -24,7 +24,7 @@ BYTES_PER_PARAMETER: dict[Dialect, float] = {"jax": 6.0, "torch": 4.0}
 
 
 def verify_bits(official: OfficialSource, ours: Source, rows: list[Row], plan: Plan, dtype: torch.dtype | None) -> None:
-    """Raise unless all arrays of the two checkpoints have the same bits after a cast to `dtype` (None: no cast)."""
+    """Raise ConversionError unless both checkpoints have the same bits, after a cast to `dtype` if one is given."""
     wrong = {}
     for row, part in pieces(rows, plan):
         expected = official.read(row.official, part)
@@ -32,7 +32,7 @@ def verify_bits(official: OfficialSource, ours: Source, rows: list[Row], plan: P
         if dtype is not None:
             expected, found = expected.to(dtype), found.to(dtype)
         if expected.dtype != found.dtype or not torch.equal(_bits(expected), _bits(found)):
-            wrong[row.official] = None  # once, however many of its parts differ
+            wrong[row.official] = None  # a name once, for any number of differing parts
     if wrong:
         raise ConversionError(f"the result differs from its source in {', '.join(wrong)}: please report this")
 
@@ -43,7 +43,7 @@ def _bits(tensor: Tensor) -> Tensor:
 
 
 def check_can_verify(dialect: Dialect, parameters: int) -> None:
-    """Raise before the conversion starts if `verify_logits` would fail or run out of memory."""
+    """Raise, before the conversion starts, if `verify_logits` could not import the official code or lacks memory."""
     try:
         import_module(f"recurrentgemma.{dialect}")
     except ImportError as error:

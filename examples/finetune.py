@@ -30,7 +30,7 @@ class GriffinTrainer(recurrent_gemma_hf.GriffinTrainerMixin, Trainer):
 
 
 def read_documents(path: Path, tokenizer, longest: int) -> list[dict[str, list[int]]]:
-    """Return one document per paragraph, from <bos> to <eos>; cut longer ones into several."""
+    """Return one document per paragraph, from <bos> to <eos>; split those over `longest` tokens into several."""
     if not path.is_file():
         raise SystemExit(f"finetune: --text {path}: no such file; give a plain text file")
     paragraphs = [text.strip() for text in path.read_text(encoding="utf-8").split("\n\n") if text.strip()]
@@ -44,7 +44,7 @@ def read_documents(path: Path, tokenizer, longest: int) -> list[dict[str, list[i
 
 
 def into_rows(documents: list[dict[str, list[int]]], size: int) -> list[list[dict[str, list[int]]]]:
-    """Pack documents in order, as many per row as fit, so that rows of any documents cost about the same."""
+    """Pack documents in order, as many per row of `size` tokens as fit, so that all rows cost about the same."""
     rows, room = [[]], size
     for document in documents:
         length = len(document["input_ids"])

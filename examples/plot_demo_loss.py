@@ -16,7 +16,7 @@ COLOURS = {"griffin": "#c44e1f", "hawk": "#3f7d4e", "transformer": "#2f6690"}
 
 
 def read_log(path: Path) -> tuple[dict, list[dict], dict]:
-    """Return the header, the rows of the evaluations and the result of one run."""
+    """Return the header, the rows (one per evaluation) and the result of one run."""
     lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     if len(lines) < 3 or "architecture" not in lines[0] or "bits_per_character" not in lines[-1]:
         raise SystemExit(f"{path} is not a complete log of examples/train_demo.py; run the training again")
@@ -24,20 +24,20 @@ def read_log(path: Path) -> tuple[dict, list[dict], dict]:
 
 
 def draw(axes: plt.Axes, path: Path) -> None:
-    """Add one run: training dashed, validation solid; the legend has the result of the saved files."""
+    """Add one run: training loss dashed, validation loss solid, the saved checkpoint's result in the legend."""
     header, rows, result = read_log(path)
     name = header["architecture"]
     label = f"{name.capitalize()}, {header['parameters'] / 1e6:.2f} M parameters"
     steps = [row["step"] for row in rows]
     # A training loss is the mean since the previous evaluation, so it is drawn at the middle of that interval.
     middles = [(before + step) / 2 for before, step in zip([0, *steps], steps, strict=False)]
-    numbers = f"{result['validation_loss']:.3f} nats per token, {result['bits_per_character']:.3f} bits per character"
+    losses = f"{result['validation_loss']:.3f} nats per token, {result['bits_per_character']:.3f} bits per character"
     axes.plot(
         steps,
         [row["validation_loss"] for row in rows],
         color=COLOURS[name],
         linewidth=2.2,
-        label=f"{label}: {numbers}",
+        label=f"{label}: {losses}",
     )
     axes.plot(
         middles,

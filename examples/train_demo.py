@@ -84,7 +84,7 @@ def read_text(path: Path, window: int) -> tuple[str, str]:
 
 
 def train_tokenizer(text: str, vocab_size: int) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE: every string round-trips, no token is unknown; <bos> comes first, as in Gemma."""
+    """Train a byte-level BPE tokenizer: every string round-trips, none has unknown tokens; <bos> is prepended."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -146,7 +146,7 @@ def build_model(architecture: str, vocab_size: int) -> PreTrainedModel:
 
 
 def training_windows(tokens: torch.Tensor, settings: Settings) -> Iterator[torch.Tensor]:
-    """Yield endless batches [B, T + 1] of windows that begin with <bos>, at places that depend only on the seed."""
+    """Yield batches [B, T + 1] without end: windows after a <bos>, at positions that depend only on the seed."""
     generator = torch.Generator().manual_seed(settings.seed)
     offsets = torch.arange(settings.window)
     bos = torch.full((settings.batch_size, 1), BOS)
@@ -193,7 +193,7 @@ def streamed_loss(model: PreTrainedModel, tokens: torch.Tensor, window: int) -> 
 def make_optimizer(model: PreTrainedModel, settings: Settings) -> torch.optim.AdamW:
     """Return AdamW with weight decay on every matrix, the embedding and the gates included, and on nothing else.
 
-    The demo checkpoint and the models beside it in its README were trained so. pretrain.py takes `parameter_groups`.
+    The demo checkpoint and its README's peers were trained this way; pretrain.py uses `parameter_groups` instead.
     """
     decayed, kept = [], []
     for name, parameter in model.named_parameters():
@@ -218,7 +218,7 @@ def train(
     validation: torch.Tensor,
     settings: Settings,
 ) -> Iterator[dict[str, float]]:
-    """Train in place and yield a row per evaluation; at the end the model holds the weights of the lowest one."""
+    """Train in place and yield a row per evaluation; at the end load the weights with the lowest validation loss."""
     windows = training_windows(training, settings)
     best, best_weights, losses, start = math.inf, {}, [], time.perf_counter()
     progress = tqdm(range(settings.steps), unit="step")
@@ -248,7 +248,7 @@ def train(
 
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Write the checkpoint as bfloat16 with the tokenizer and the generation settings beside it."""
+    """Write the checkpoint in bfloat16, the tokenizer and the generation settings to `folder`."""
     model.generation_config = GenerationConfig(
         do_sample=True,
         temperature=0.8,
@@ -269,7 +269,7 @@ def measure(folder: Path, validation: str, architecture: str, window: int) -> di
     """Reload a finished folder and evaluate it on the validation text in its stored bfloat16."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     tokens = encode(AutoTokenizer.from_pretrained(folder), validation)
-    bits_per_character = len(tokens) / len(validation) / math.log(2)  # of one nat per token
+    bits_per_character = len(tokens) / len(validation) / math.log(2)  # for a loss of one nat per token
     loss = windowed_loss(model, tokens, window)
     result = {"validation_loss": loss, "bits_per_character": loss * bits_per_character}
     if architecture != "transformer":

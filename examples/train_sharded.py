@@ -1,10 +1,10 @@
 """Fine-tune on a text file over several devices with sharded weights, gradients and optimizer (FSDP2).
 
-    torchrun --nproc-per-node 2 examples/train_sharded.py --text TEXT                  # every rank its own sequences
+    torchrun --nproc-per-node 2 examples/train_sharded.py --text TEXT                  # each rank has its own sequences
     torchrun --nproc-per-node 4 examples/train_sharded.py --text TEXT --ranks-per-sequence 4 --length 131072 --steps 1
 
-The second line uses context parallelism: four ranks hold a quarter of each sequence. With `--ranks-per-sequence 2` on
-eight ranks, four sequences are trained on at a time. A text that is too short is repeated.
+The second line uses context parallelism: each of four ranks has a quarter of the sequence. With `--ranks-per-sequence
+2`, eight ranks train on four sequences at a time. A text that is too short is repeated.
 
 For RecurrentGemma: `--model google/recurrentgemma-2b --bf16 --length 8192`. Weights, gradients and AdamW take 16 bytes
 per parameter, 43 GB for 2B and 137 GB for 9B, divided by the number of ranks: 2 and 4 GPUs of 80 GB leave room for the
@@ -45,7 +45,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def load_sharded(name: str, bf16: bool) -> PreTrainedModel:
-    """Start torch.distributed and load the model in float32, each rank with its shard of every weight."""
+    """Load the model in float32, each rank with its shard of every weight; torch.distributed must be initialized."""
     config = DistributedConfig(fsdp_size=dist.get_world_size(), fsdp_mixed_precision=bf16)
     model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, distributed_config=config)
     with warnings.catch_warnings(action="ignore", category=FutureWarning):  # its new name is not in Transformers 5.17
@@ -54,7 +54,7 @@ def load_sharded(name: str, bf16: bool) -> PreTrainedModel:
 
 
 def read_tokens(paths: list[Path], name: str, at_least: int) -> torch.Tensor:
-    """Return (n,) ids of the texts, repeated if there are too few."""
+    """Return the token ids (n,) of the texts, repeated if there are fewer than `at_least`."""
     tokenizer = AutoTokenizer.from_pretrained(name)
     tokens = torch.tensor(tokenizer("\n\n".join(path.read_text() for path in paths), verbose=False).input_ids)
     return tokens.repeat(-(-at_least // len(tokens)))
@@ -83,7 +83,7 @@ def main() -> None:
     progress = tqdm(range(args.steps), disable=rank > 0)
     for step in progress:
         began = time.perf_counter()
-        # Each row of the mesh trains on a sequence of its own, the ranks of a row on the same one.
+        # Each row of the mesh trains on a different sequence; the ranks of a row share it.
         start = (step * rows + mesh["dp"].get_local_rank()) * args.length % (len(tokens) - args.length + 1)
         ids_BT = tokens[None, start : start + args.length].to(device)
         batch = {"input_ids": ids_BT, "labels": ids_BT}

@@ -1,10 +1,10 @@
-"""Run the task list of the RecurrentGemma report (arXiv 2404.07839, table 2) with lm-eval, published figures beside.
+"""Run the task list of the RecurrentGemma report (arXiv 2404.07839, table 2) with lm-eval; print published figures too.
 
 Run from a clone: python research/papers.py --help
 
-The published figures are those of the model cards (`model_cards/`, or the README.md beside converted weights): they
-are written down once, there, with their source. Google evaluated with its own code, so prompts, and where the report
-does not state them the number of examples, differ; a figure here is not a reproduction to the tenth of a point.
+Published figures are read from the model cards (`model_cards/`, or the README.md beside converted weights), which name
+their source. Google evaluated with its own code: prompts differ, and so can the number of examples where the report
+does not state it. Results are not comparable to a tenth of a point.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ CARDS = Path(__file__).parents[1] / "model_cards"
 class PaperTask:
     """A line of the report's table.
 
-    task: the name in lm-eval; dataset: the type of the data set in the cards; metric: the key of lm-eval's result;
-    few_shot: examples in the prompt, None where lm-eval's own task decides; stated: what the report says about it.
+    task: the name in lm-eval; dataset: the dataset type in the cards; metric: the key in lm-eval's results; few_shot:
+    examples in the prompt, None for the task's default; stated: the setting that the report states.
     """
 
     title: str
@@ -78,7 +78,7 @@ PUBLISHED = ("recurrentgemma-2b", "recurrentgemma-2b-it", "recurrentgemma-9b", "
 
 
 def find_tasks(names: Iterable[str] | None) -> tuple[PaperTask, ...]:
-    """Return the lines with these lm-eval names, all of them for None; raise ValueError for any other name."""
+    """Return the tasks with these lm-eval names (None: all); raise ValueError for an unknown name."""
     if names is None:
         return PAPER_TASKS
     known = {task.task: task for task in PAPER_TASKS}
@@ -92,14 +92,14 @@ def find_tasks(names: Iterable[str] | None) -> tuple[PaperTask, ...]:
 
 
 def card_path(name: str) -> Path:
-    """Read the card of a published model."""
+    """Return the path of a published model's card; raise ValueError for any other name."""
     if name not in PUBLISHED:
         raise ValueError(f"there is no card {name!r}; there are {', '.join(PUBLISHED)}")
     return CARDS / f"{name}.md"
 
 
 def published_figures(card: Path) -> dict[str, float]:
-    """Type of the data set -> figure, from the metadata of a card (`model-index`); empty where it has none."""
+    """Return {dataset type: figure} from the metadata of a card (`model-index`), empty if it has none."""
     return {
         result.dataset_type: float(result.metric_value)
         for result in ModelCard.load(card).data.eval_results or ()
@@ -110,10 +110,10 @@ def published_figures(card: Path) -> dict[str, float]:
 def run(
     model: LM, label: str, tasks: Iterable[PaperTask], output: Path, limit: int | None, run_code: bool
 ) -> Iterator[dict[str, Any]]:
-    """Evaluate the lines that `output` lacks, and yield all lines' records in order.
+    """Evaluate the tasks that `output` lacks, and yield the records of all tasks in order.
 
-    A finished task is one line of JSON, written at once. Raises ValueError, before anything runs, for a task that runs
-    the model's code without `run_code`, and for a task whose data cannot be read.
+    Each finished task is written at once, as one line of JSON. Raises ValueError before the first evaluation if a task
+    runs the model's code and `run_code` is False, and during one if its data cannot be read.
     """
     tasks = tuple(tasks)
     refused = [task.task for task in tasks if task.runs_code and not run_code]
@@ -136,7 +136,7 @@ def run(
 
 
 def evaluate(model: LM, task: PaperTask, limit: int | None) -> dict[str, Any]:
-    """One task: its figure in per cent, the standard error that lm-eval gives, and the settings."""
+    """Return a task's result and lm-eval's standard error, both in per cent, and the settings."""
     try:
         results = lm_eval.simple_evaluate(
             model,
@@ -169,16 +169,16 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 @app.command()
 def main(
-    output: Annotated[Path, typer.Option(help="JSON lines to append to; what is there is not repeated.")],
+    output: Annotated[Path, typer.Option(help="JSON lines to append to; tasks already in it are skipped.")],
     model: ModelOption = None,
     task: Annotated[
         list[str] | None, typer.Option(help="A task of the list; repeat for several. All by default.")
     ] = None,
     published: Annotated[
-        str | None, typer.Option(help="Whose figures to print beside: recurrentgemma-2b, -2b-it, -9b, -9b-it.")
+        str | None, typer.Option(help="Whose published figures to print: recurrentgemma-2b, -2b-it, -9b, -9b-it.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="Only so many questions per task, for a first look.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Questions at once.")] = 8,
+    limit: Annotated[int | None, typer.Option(help="Number of questions per task; all by default.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Questions per batch.")] = 8,
     run_code: Annotated[
         bool, typer.Option("--run-code", help="Let HumanEval and MBPP run what the model wrote.")
     ] = False,

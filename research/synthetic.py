@@ -1,12 +1,12 @@
-"""Train small models on the synthetic tasks and measure them at lengths they were not trained on.
+"""Train small models on the synthetic tasks and measure their accuracy at lengths they were not trained on.
 
 Run from a clone: python research/synthetic.py --help
 
-Four architectures of equal size, all of this package's own blocks, so that nothing but the temporal mixing differs:
-Griffin (one attention block in the middle, as in section 6.2 of the paper), Hawk, and two transformers, one whose
-attention sees a window and one whose attention sees everything.
+Four architectures of equal size are built from this package's blocks, so that only the temporal mixing differs: Griffin
+(one attention block in the middle, as in section 6.2 of the paper), Hawk, and transformers with local and with global
+attention.
 
-Shape suffixes: B batch, T time, V vocabulary.
+Shapes: B batch, T tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from recurrent_gemma_hf.training import parameter_groups
 
 LAYERS = 5
 HEADS = 4
-# What attention without a window means here: no sequence is longer.
+# The window of global attention: no sequence is longer.
 EVERYTHING = 1 << 24
 ARCHITECTURES: dict[str, tuple[str, ...]] = {
     "griffin": ("recurrent", "recurrent", "attention", "recurrent", "recurrent"),
@@ -40,22 +40,21 @@ ARCHITECTURES: dict[str, tuple[str, ...]] = {
     "sliding-window transformer": ("attention",),
     "transformer": ("attention",),
 }
-# Tokens that are read at once when a sequence is longer: memory does not depend on the length, except for the
-# transformer without a window, which reads everything at once.
+# Longer sequences are evaluated in chunks of this many tokens, so that memory does not depend on their length. The
+# transformer with global attention reads any sequence at once.
 CHUNK = 2048
-# Batches come from different parts of the seeds' space, so that no evaluation row was ever trained on by design of the
-# generator rather than by luck.
+# Part of every seed, so that training, validation and evaluation draw different rows.
 TRAINING, VALIDATION, EVALUATION = 0, 1, 2
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What every architecture is trained with.
+    """Training settings, the same for every architecture.
 
-    Every batch has sequences of one length, drawn between `shortest` and `length`, each octave as often as the next.
-    The paper's are all of one length, which is what `shortest` equal to `length` means; they take far longer to learn.
-    The learning rate warms up, stays, and falls to zero over the last `decay_steps` steps. Training ends early when the
-    held-out accuracy has reached `solved`, so the number of steps is the speed of learning.
+    The sequences of a batch have one length, drawn log-uniformly between `shortest` and `length`. With `shortest` =
+    `length` all have the same, as in the paper, which takes far longer to learn. The learning rate warms up, stays, and
+    falls to zero over the last `decay_steps` steps. Training ends `decay_steps` after the share of held-out rows solved
+    has reached `solved`, so the number of steps measures the speed of learning.
     """
 
     length: int
@@ -95,13 +94,13 @@ class Settings:
 
 
 def generator_for(purpose: int, seed: int, *rest: int) -> torch.Generator:
-    """Make a generator seeded by all of the given numbers, independent of global state."""
+    """Return a generator seeded by all arguments, independent of global state."""
     digest = hashlib.sha256(repr((purpose, seed, *rest)).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
 def build_model(architecture: str, task: Task, settings: Settings, seed: int) -> RecurrentGemmaForCausalLM:
-    """Make an untrained float32 model; the architectures differ by less than 1% in parameters."""
+    """Return an untrained float32 model; the architectures differ by less than 1% in parameters."""
     if architecture not in ARCHITECTURES:
         raise ValueError(f"unknown architecture {architecture!r}; there are {', '.join(ARCHITECTURES)}")
     torch.manual_seed(seed)
@@ -109,7 +108,7 @@ def build_model(architecture: str, task: Task, settings: Settings, seed: int) ->
 
 
 def _config(architecture: str, task: Task, settings: Settings) -> RecurrentGemmaConfig:
-    """Attention blocks have fewer parameters than recurrent ones; the MLP makes up for it, Griffin is the measure."""
+    """Return a config with an MLP as wide as needed for Griffin's number of parameters: attention blocks have fewer."""
 
     def config(architecture: str, mlp: int) -> RecurrentGemmaConfig:
         return RecurrentGemmaConfig(
@@ -143,7 +142,7 @@ def _parameters(config: RecurrentGemmaConfig) -> int:
 def train(
     model: RecurrentGemmaForCausalLM, task: Task, settings: Settings, seed: int, title: str = ""
 ) -> list[dict[str, float]]:
-    """Train in place; returns the curve, one row per evaluation on held-out sequences of the training length."""
+    """Train in place; return the curve, one row per evaluation on held-out sequences of `settings.length` tokens."""
     optimizer = torch.optim.AdamW(
         parameter_groups(model, settings.weight_decay), lr=settings.learning_rate, betas=(0.9, 0.98)
     )
@@ -189,9 +188,9 @@ def _training_step(
 ) -> float:
     model.train()
     targets_BT = batch.labels_BT[:, 1:]
-    asked = (targets_BT[0] != -100).nonzero()[:, 0]  # every row of a batch asks at the same places
-    logits_BTV = model(batch.tokens_BT[:, :-1], use_cache=False, logits_to_keep=asked).logits
-    loss = F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT[:, asked].flatten())
+    answers = (targets_BT[0] != -100).nonzero()[:, 0]  # the same positions in every row
+    logits_BTV = model(batch.tokens_BT[:, :-1], use_cache=False, logits_to_keep=answers).logits
+    loss = F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT[:, answers].flatten())
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), settings.gradient_clip)
     optimizer.step()
@@ -201,14 +200,14 @@ def _training_step(
 
 @torch.no_grad()
 def accuracies(model: RecurrentGemmaForCausalLM, batch: Batch) -> dict[str, float]:
-    """Measure the share of answer tokens and of whole answers (rows) that greedy decoding gets right."""
+    """Compute the share of answer tokens ("tokens") and of whole answers ("rows") that greedy decoding gets right."""
     model.eval()
     inputs_BT, answer = batch.tokens_BT[:, :-1], batch.answer
-    # A window over all of the sequence would be a cache as large: there is nothing to save by reading in chunks.
+    # If the window covers the sequence, the cache would hold all of it, and chunks would save no memory.
     if inputs_BT.shape[1] <= CHUNK or inputs_BT.shape[1] <= model.config.attention_window_size:
         logits_BTV = model(inputs_BT, use_cache=False, logits_to_keep=answer).logits
     else:
-        # The last chunk holds all of the answer, however long the sequence.
+        # The last chunk is exactly the inputs that predict the answer.
         cache, context = RecurrentGemmaCache(model.config), inputs_BT.shape[1] - answer
         for start in range(0, context, CHUNK):
             model(inputs_BT[:, start : min(start + CHUNK, context)], cache=cache, logits_to_keep=1)
@@ -219,7 +218,7 @@ def accuracies(model: RecurrentGemmaForCausalLM, batch: Batch) -> dict[str, floa
 
 @dataclass(frozen=True)
 class Measurement:
-    """Where a trained model is measured: at `lengths` with the needle anywhere, and, in a task with one needle, at
+    """Where to evaluate a trained model: at `lengths` with the needle anywhere and, in a task with one needle, at
     `depth_lengths` with the needle at each of `depths`."""
 
     lengths: tuple[int, ...]
@@ -230,7 +229,7 @@ class Measurement:
 
 
 def measure(model: RecurrentGemmaForCausalLM, task: Task, wanted: Measurement, seed: int) -> list[dict[str, Any]]:
-    """Accuracy for every length, with the needle anywhere (depth None) and at each depth."""
+    """Compute the accuracies for every length, with the needle anywhere (depth None) and at each depth."""
     cells: list[tuple[int, float | None]] = [(length, None) for length in wanted.lengths]
     if task.has_depth:
         cells += [(length, depth) for length in wanted.depth_lengths for depth in wanted.depths]
@@ -255,10 +254,10 @@ def _measure_cell(
 def run(
     tasks: Iterable[tuple[str, Settings, Measurement]], architectures: Iterable[str], seeds: Iterable[int], output: Path
 ) -> Iterator[dict[str, Any]]:
-    """Train and measure every combination that `output` (JSON lines) does not hold yet; yields the new records.
+    """Train and measure every combination that `output` (JSON lines) lacks, and yield the new records.
 
-    A finished run is one line, written at once, so the same call goes on where an earlier one was stopped. Seeds are
-    the outermost loop: whenever it is stopped, what is there is balanced.
+    Each finished run is written at once, as one line, so the same call resumes an interrupted one. Seeds are the
+    outermost loop, so that at any time the combinations differ by at most one run.
     """
     tasks, architectures = list(tasks), list(architectures)
     done = {_key(record) for record in read_records(output)}
@@ -308,14 +307,14 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 @app.command()
 def main(
-    output: Annotated[Path, typer.Option(help="JSON lines to append to; what is there is not repeated.")],
+    output: Annotated[Path, typer.Option(help="JSON lines to append to; runs already in it are skipped.")],
     task: Annotated[list[str] | None, typer.Option(help="A task; repeat for several. All of them by default.")] = None,
     architecture: Annotated[
         list[str] | None, typer.Option(help="griffin, hawk, 'sliding-window transformer', transformer; all by default.")
     ] = None,
-    seeds: Annotated[int, typer.Option(help="Train every combination with the seeds 0, 1, ... below this.")] = 3,
+    seeds: Annotated[int, typer.Option(help="Number of seeds (0, 1, ...) to train every combination with.")] = 3,
     length: Annotated[
-        int | None, typer.Option(help="Tokens of a training sequence; the task's own by default.")
+        int | None, typer.Option(help="Tokens of a training sequence; the task's length by default.")
     ] = None,
     shortest: Annotated[
         int | None,
@@ -326,17 +325,17 @@ def main(
     window: Annotated[int | None, typer.Option(help="Attention window; half of --length by default.")] = None,
     width: Annotated[int, typer.Option(help="Width of the models; 64 is 0.26 million parameters, 128 is 1.0.")] = 64,
     batch_size: Annotated[int, typer.Option(help="Sequences per step.")] = 32,
-    max_steps: Annotated[int, typer.Option(help="Stop there even if the task is not solved.")] = 5000,
-    learning_rate: Annotated[float, typer.Option(help="Between warmup and decay.")] = 3e-3,
+    max_steps: Annotated[int, typer.Option(help="Stop after this many, even if the task is not solved.")] = 5000,
+    learning_rate: Annotated[float, typer.Option(help="Learning rate between warmup and decay.")] = 3e-3,
     lengths: Annotated[
         str | None,
-        typer.Option(help="Measure at these; 1, 2, 4, 8, 16 times --length by default, depths to 4 times."),
+        typer.Option(help="Measure at these lengths; 1, 2, 4, 8, 16 times --length by default, depths up to 4 times."),
     ] = None,
     rows: Annotated[int, typer.Option(help="Sequences per measurement.")] = 128,
-    figure: Annotated[Path | None, typer.Option(help="Also draw a figure into this PNG, SVG or PDF file.")] = None,
+    figure: Annotated[Path | None, typer.Option(help="Also save a figure to this PNG, SVG or PDF file.")] = None,
 ) -> None:
     """Train small models of equal size on the Griffin paper's synthetic tasks and measure how far they extrapolate."""
-    if figure is not None:  # not first missed after hours of training
+    if figure is not None:  # a missing package must show before hours of training
         import synthetic_figures
     try:
         plans = []

@@ -1,4 +1,4 @@
-"""Figure of the synthetic tasks: learning, and accuracy by length."""
+"""Draw the results of the synthetic tasks: learning curves, and accuracy by length."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ COLOURS = {
 
 
 def draw(records: list[dict[str, Any]], path: Path) -> None:
-    """One row per task: the share of answer tokens that are right, while learning (a line per seed), and against length
-    (mean over the seeds and their range)."""
+    """Save a figure with a row per task: the share of correct answer tokens during training (a line per seed) and by
+    length (mean and range over the seeds)."""
     tasks = list(dict.fromkeys(record["task"] for record in records))
     size = (11, 3.4 * len(tasks))
     figure, grid = plt.subplots(len(tasks), 2, figsize=size, squeeze=False, layout="constrained")

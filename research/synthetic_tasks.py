@@ -1,11 +1,10 @@
 """Token-level tasks that need copying or retrieval, after section 6.2 and appendix H of the Griffin paper.
 
-A task makes batches of any length from a seed. A sequence is written as a language model would write it: the context,
-a question, the answer. The answer is the end of the sequence and labelled, so `RecurrentGemmaForCausalLM` trains on it
-as it is; a row counts as solved when every answer token is the likeliest one. Because the answer is fed as the input of
-its own later tokens, this is the same as greedy decoding getting all of it right.
+A task makes batches of any length from a generator. A sequence is the context, a question, and the answer, which is
+labelled, so that `RecurrentGemmaForCausalLM` can train on the batch directly. A row is solved if every answer token is
+the most likely one, given the tokens before it: exactly then greedy decoding produces the whole answer.
 
-Shape suffixes: B batch, T time, N items (data tokens, entries), L tokens of one item.
+Shapes: B batch, T tokens, N items (data tokens, entries), L tokens of one item.
 """
 
 from __future__ import annotations
@@ -16,12 +15,12 @@ from typing import NamedTuple
 
 import torch
 
-IGNORED = -100  # the label that PyTorch's cross entropy leaves out
+IGNORED = -100  # ignore_index of PyTorch's cross entropy
 
 
 class Batch(NamedTuple):
-    """tokens_BT int64; `answer`, the number of tokens at the end of each row that are the answer; `examples`, how far
-    from the end of a row the answers to earlier questions begin, which are as long."""
+    """Rows of tokens (int64). The last `answer` tokens of each row are the answer; the answers to earlier questions, as
+    long, begin `examples` tokens before its end."""
 
     tokens_BT: torch.Tensor
     answer: int
@@ -29,7 +28,7 @@ class Batch(NamedTuple):
 
     @property
     def labels_BT(self) -> torch.Tensor:
-        """The labels to train with: not shifted, everything ignored but the answer and those to the examples."""
+        """Return the labels to train with, not shifted: `IGNORED` except at the answers, the examples' included."""
         labels_BT = torch.full_like(self.tokens_BT, IGNORED)
         for distance in (*self.examples, self.answer):
             span = slice(labels_BT.shape[1] - distance, labels_BT.shape[1] - distance + self.answer)
@@ -44,10 +43,10 @@ class Task:
     Args:
         vocab_size: number of token ids.
         shortest: the smallest `length` that `make` accepts.
-        make: (length, batch_size, generator, depth) -> Batch. `length` counts every token of a row. `depth` from 0
-            (the beginning) to 1 (just before the question) fixes where the needle lies; None draws it at random.
+        make: (length, batch_size, generator, depth) -> Batch. `length` counts every token of a row. `depth` is the
+            needle's position, from 0 (the beginning) to 1 (just before the question); None draws it at random.
         has_depth: whether `make` accepts a depth.
-        training_length: tokens of the sequences that models are trained on, the paper's where it has the task.
+        training_length: tokens of a training sequence, as in the paper for its tasks.
     """
 
     vocab_size: int
@@ -57,7 +56,7 @@ class Task:
     training_length: int
 
     def batch(self, length: int, batch_size: int, generator: torch.Generator, depth: float | None = None) -> Batch:
-        """Make a batch of `batch_size` rows of exactly `length` tokens; raise ValueError for unsupported sizes."""
+        """Make `batch_size` rows of exactly `length` tokens; raise ValueError for unsupported sizes or depths."""
         if length < self.shortest:
             raise ValueError(f"length {length} is too short for this task; give {self.shortest} or more")
         if batch_size < 1:
@@ -70,7 +69,7 @@ class Task:
 
 
 def _distinct(limit: int, shape: tuple[int, int], generator: torch.Generator) -> torch.Tensor:
-    """(B, N) int64: in each row N different numbers below `limit`, in random order."""
+    """Draw N different integers below `limit` per row, in random order, (B, N) int64."""
     rows, count = shape
     return torch.rand(rows, limit, generator=generator).topk(count, dim=1).indices
 
@@ -79,7 +78,7 @@ def _uniform(low: int, high: int, shape: tuple[int, ...], generator: torch.Gener
     return torch.randint(low, high, shape, generator=generator)
 
 
-# --- selective copying: 16 tokens, of which one is the noise and one asks for the copy ---
+# --- selective copying: a vocabulary of one noise token, COPY and 14 data tokens ---
 
 COPIED = 16
 NOISE, COPY, FIRST_DATA = 0, 1, 2
@@ -88,7 +87,7 @@ NOISE, COPY, FIRST_DATA = 0, 1, 2
 def _selective_copying(
     length: int, batch_size: int, generator: torch.Generator, depth: float | None, *, copied: int
 ) -> Batch:
-    """noise and `copied` data tokens at random places, COPY, the data tokens in their order."""
+    """Make noise with `copied` data tokens at random positions, COPY, and as the answer the data tokens in order."""
     context = length - copied - 1
     data_BN = _uniform(FIRST_DATA, 16, (batch_size, copied), generator)
     places_BN = _distinct(context, (batch_size, copied), generator).sort(dim=1).values
@@ -105,8 +104,8 @@ SPECIAL = 15
 
 
 def _induction_heads(length: int, batch_size: int, generator: torch.Generator, depth: float | None) -> Batch:
-    """Random tokens, SPECIAL once among them, SPECIAL again at the end; the answer is what followed the first one."""
-    last_place = length - 4  # the first SPECIAL and its successor come before the second SPECIAL, and the answer after
+    """Make random tokens with SPECIAL among them and at the end; the answer is the token after the first SPECIAL."""
+    last_place = length - 4  # leaves room for SPECIAL, its successor, SPECIAL and the answer
     tokens_BT = _uniform(0, SPECIAL, (batch_size, length), generator)
     if depth is None:
         place_B = _uniform(0, last_place + 1, (batch_size,), generator)
@@ -118,14 +117,14 @@ def _induction_heads(length: int, batch_size: int, generator: torch.Generator, d
     return Batch(tokens_BT, answer=1)
 
 
-# --- passkey: as induction heads, with a key of several digits between noise that is not digits ---
+# --- passkey: as induction heads, with an answer of several digits among noise without digits ---
 
 KEY_DIGITS = 5
 KEY, FIRST_NOISE, NOISE_TOKENS = 10, 11, 20
 
 
 def _passkey(length: int, batch_size: int, generator: torch.Generator, depth: float | None) -> Batch:
-    """Random noise, KEY and five digits among it, KEY again at the end; the answer is the five digits."""
+    """Make random noise with KEY and five digits in it, and KEY again at the end; the answer is the five digits."""
     last_place = length - 2 * (KEY_DIGITS + 1)
     tokens_BT = _uniform(FIRST_NOISE, FIRST_NOISE + NOISE_TOKENS, (batch_size, length), generator)
     digits_BL = _uniform(0, 10, (batch_size, KEY_DIGITS), generator)
@@ -148,9 +147,9 @@ ENTRY = NAME + 1 + NUMBER + 1
 
 
 def _phonebook(length: int, batch_size: int, generator: torch.Generator, depth: float | None) -> Batch:
-    """Entries "ab:123\\n", two of them looked up as examples, and a third name; the answer is its number.
+    """Make entries "ab:123\\n", two of them repeated as examples, and the name of a third; the answer is its number.
 
-    What `length` leaves over after whole entries is padded with PAD at the very beginning.
+    Tokens that whole entries leave over are PAD, at the beginning.
     """
     names = LETTERS**NAME
     entries = (length + 1) // ENTRY - 3
@@ -163,13 +162,13 @@ def _phonebook(length: int, batch_size: int, generator: torch.Generator, depth: 
     digits_BNL = _uniform(0, 10, (batch_size, entries, NUMBER), generator)
     colon_BN1 = torch.full((batch_size, entries, 1), COLON)
     lines_BNL = torch.cat([letters_BNL, colon_BN1, digits_BNL, torch.full_like(colon_BN1, NEWLINE)], dim=2)
-    asked_BN = _distinct(entries, (batch_size, 3), generator)
+    queried_BN = _distinct(entries, (batch_size, 3), generator)
     if depth is not None:
         target = round(depth * (entries - 1))
         # The examples are any other two entries.
         examples_BN = (target + 1 + _distinct(entries - 1, (batch_size, 2), generator)) % entries
-        asked_BN = torch.cat([examples_BN, torch.full((batch_size, 1), target)], dim=1)
-    questions_BNL = lines_BNL.gather(1, asked_BN[:, :, None].expand(-1, -1, ENTRY))
+        queried_BN = torch.cat([examples_BN, torch.full((batch_size, 1), target)], dim=1)
+    questions_BNL = lines_BNL.gather(1, queried_BN[:, :, None].expand(-1, -1, ENTRY))
     book_BT = torch.cat([lines_BNL, questions_BNL], dim=1).flatten(1)[:, :-1]
     padding = torch.full((batch_size, length - book_BT.shape[1]), PAD)
     tokens_BT = torch.cat([padding, book_BT], dim=1)
@@ -216,7 +215,7 @@ TASKS: dict[str, Task] = {
 
 
 def find_task(name: str) -> Task:
-    """Return the task called `name`; raise ValueError naming all of them."""
+    """Return the task called `name`; raise ValueError, with a list of all tasks, if there is none."""
     if name not in TASKS:
         raise ValueError(f"unknown task {name!r}; there are {', '.join(TASKS)}")
     return TASKS[name]

@@ -81,8 +81,8 @@ def conv_backward_kernel(
                 dbias = tl.sum(dout, axis=0)
                 sums += tl.where(sum_row == K, dbias[None, :], 0.0)
             if conv_tap_mask_ptr is not None:
-                at = conv_tap_mask_ptr + b * conv_tap_mask_stride_B + t * K + tap
-                dout = tl.where(tl.load(at, mask=is_output, other=0.0) != 0.0, dout, 0.0)
+                tap_mask_ptr = conv_tap_mask_ptr + b * conv_tap_mask_stride_B + t * K + tap
+                dout = tl.where(tl.load(tap_mask_ptr, mask=is_output, other=0.0) != 0.0, dout, 0.0)
             du += dout * tl.load(weight_ptr + tap * D + c, mask=is_c, other=0.0).to(tl.float32)
             dtap = tl.sum(dout * u, axis=0)
             sums += tl.where(sum_row == tap, dtap[None, :], 0.0)

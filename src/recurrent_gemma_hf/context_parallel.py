@@ -109,13 +109,13 @@ def _check_mask(mask: torch.Tensor | None, shape: tuple[int, int]) -> None:
         )
     if (mask[:, 1:].bool() & ~mask[:, :-1].bool()).any():
         raise ValueError(
-            "the attention_mask has padding before tokens; a sequence over several ranks is padded on the right "
-            "(tokenizer.padding_side = 'right'), or packed with position_ids"
+            "the attention_mask has padding before tokens; pad a sequence over several ranks on the right "
+            "(tokenizer.padding_side = 'right'), or pack it with position_ids"
         )
 
 
 def _check_same_batch(tokens: torch.Tensor, labels: torch.Tensor | None, group: dist.ProcessGroup) -> None:
-    """Raise ValueError if the ranks have different batches: their chunks would not form one sequence."""
+    """Raise ValueError if the ranks' batches differ (in shape or sums): their chunks would not form one sequence."""
     sums = [float(x.detach().double().sum()) for x in (tokens, labels) if x is not None]
     # A device that the group's backend can send from; the batch may not be there yet.
     device = torch.device("cpu") if "gloo" in dist.get_backend(group) else torch.accelerator.current_accelerator()
@@ -125,8 +125,8 @@ def _check_same_batch(tokens: torch.Tensor, labels: torch.Tensor | None, group: 
     differing = [rank for rank, other in enumerate(seen) if not torch.equal(other, seen[0])]
     if differing:
         raise ValueError(
-            f"ranks {differing} of the group were given another batch than rank 0; give every rank of a sequence the "
-            "same one (for instance a sampler seeded alike)"
+            f"ranks {differing} of the group were given another batch than rank 0; give all ranks of the group the "
+            "same batch (for example by seeding their samplers alike)"
         )
 
 
@@ -134,7 +134,7 @@ def _check_same_batch(tokens: torch.Tensor, labels: torch.Tensor | None, group: 
 class SequenceShard:
     """This rank's chunk of a sequence, and the communication with the other ranks.
 
-    Made by `shard_sequence`. The model's layers call the methods, on every rank in the same order.
+    `shard_sequence` makes it. The model's layers call its methods, in the same order on every rank.
     """
 
     group: dist.ProcessGroup
@@ -148,7 +148,7 @@ class SequenceShard:
     ) -> None:
         """Raise ValueError for arguments that do not work on a chunk of a sequence."""
         if length != self.length:
-            raise ValueError(f"the input has {length} tokens, this rank's chunk {self.length}; pass it as it was cut")
+            raise ValueError(f"the input has {length} tokens, this rank's chunk {self.length}; pass that chunk whole")
         context = config.conv1d_width - 1
         if "recurrent" in config.layers_block_type and length < context:
             raise ValueError(
@@ -180,7 +180,7 @@ class SequenceShard:
             for decay, end in chunks[: self.rank]:
                 h0_BD = torch.addcmul(end, decay, h0_BD)
         h_BCD, last_BD = linear_recurrence(x_BCD, a_BCD, h0_BD)
-        return _HandOn.apply(self, h_BCD, last_BD, a_BCD, decay_BD) if torch.is_grad_enabled() else (h_BCD, last_BD)
+        return _LaterGrad.apply(self, h_BCD, last_BD, a_BCD, decay_BD) if torch.is_grad_enabled() else (h_BCD, last_BD)
 
     def total(self, loss: torch.Tensor) -> torch.Tensor:
         """Sum the ranks' shares of the loss. Its gradients are to be averaged over the ranks."""
@@ -205,8 +205,7 @@ class SequenceShard:
                 work.wait()
 
     def _hops(self, size: int) -> list[tuple[int, int]]:
-        """Return (distance in ranks, entries) of each earlier chunk that holds some of the `size` entries before
-        one."""
+        """Return (distance in ranks, entries) of each earlier chunk with some of the `size` entries before a chunk."""
         return [
             (hop, min(self.length, size - (hop - 1) * self.length)) for hop in range(1, -(-size // self.length) + 1)
         ]
@@ -261,7 +260,7 @@ class _WithLeft(torch.autograd.Function):
         return None, None, None, *own
 
 
-class _HandOn(torch.autograd.Function):
+class _LaterGrad(torch.autograd.Function):
     """Identity in the forward pass; the backward pass adds the later ranks' gradient to that of the last state.
 
     The gradient of the state that enters a chunk is affine in the gradient of the chunk's last state, as in the forward
@@ -284,7 +283,7 @@ class _HandOn(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dh_BCD: torch.Tensor, dlast_BD: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         if torch.is_grad_enabled():
-            raise RuntimeError("a sequence over several ranks can be differentiated once: leave create_graph=True out")
+            raise RuntimeError("a sequence over several ranks can be differentiated once; leave create_graph=True out")
         a_BCD, decay_BD = ctx.saved_tensors
         shard = ctx.shard
         own_BD = torch.addcmul(_through_decay(dh_BCD, a_BCD, decay_BD.dtype), decay_BD, dlast_BD)
@@ -296,7 +295,7 @@ class _HandOn(torch.autograd.Function):
 
 
 def _through_decay(dh_BCD: torch.Tensor, a_BCD: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Compute sum_t (a_0 ... a_t) dh_t, (B, D); the products are the states of a recurrence that starts at 1."""
+    """Compute sum_t (a_0 ... a_t) dh_t, (B, D); a recurrence without inputs that starts at 1 gives the products."""
     decay_BD, total_BD = torch.ones_like(dh_BCD[:, 0], dtype=dtype), torch.zeros_like(dh_BCD[:, 0], dtype=dtype)
     for a, dh in zip(a_BCD.split(_SEGMENT, dim=1), dh_BCD.split(_SEGMENT, dim=1), strict=True):
         decays, decay_BD = linear_recurrence(torch.zeros_like(a), a, decay_BD)

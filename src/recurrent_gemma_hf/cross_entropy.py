@@ -90,10 +90,10 @@ def _plain_losses(
 
 def check_labels(labels: Tensor, vocab_size: int, ignore_index: int = IGNORE_INDEX) -> None:
     """Raise ValueError, naming the range of the labels, if one is neither in the vocabulary nor `ignore_index`."""
-    words = labels[labels != ignore_index]
-    if words.numel() and (words.amin() < 0 or words.amax() >= vocab_size):
+    ids = labels[labels != ignore_index]
+    if ids.numel() and (ids.amin() < 0 or ids.amax() >= vocab_size):
         raise ValueError(
-            f"labels from {words.amin().item()} to {words.amax().item()} do not fit vocab_size={vocab_size} (ids from "
+            f"labels from {ids.amin().item()} to {ids.amax().item()} do not fit vocab_size={vocab_size} (ids from "
             f"0 to {vocab_size - 1}, or {ignore_index} for tokens not to be predicted); is this the tokenizer of this "
             "model?"
         )
@@ -113,13 +113,13 @@ def _capped(logits: Tensor, soft_cap: float) -> tuple[Tensor, Tensor | None]:
     return z, tanh.square_().neg_().add_(1.0)
 
 
-def _logit_gradient(p: Tensor, slope: Tensor | None, labels: Tensor, label_smoothing: float, words: int) -> Tensor:
+def _logit_gradient(p: Tensor, slope: Tensor | None, labels: Tensor, label_smoothing: float, V: int) -> Tensor:
     """Compute d loss / d logits from the probabilities p, in place; a label outside the columns of p adds no target."""
     here = (labels >= 0) & (labels < p.shape[1])
     target = here.to(p.dtype).mul_(label_smoothing - 1.0)
     p.scatter_add_(1, labels.clamp(0, p.shape[1] - 1)[:, None], target[:, None])
     if label_smoothing:
-        p.sub_(label_smoothing / words)
+        p.sub_(label_smoothing / V)
     return p if slope is None else p.mul_(slope)
 
 
@@ -218,8 +218,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
 def _gradient(ctx: Any, grad_N: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     if torch.is_grad_enabled():
         raise RuntimeError(
-            "the loss without logits can be differentiated once; for create_graph=True take it from the logits, with "
-            "model.eval() or by a loss of your own on model(...).logits"
+            "the loss without logits can be differentiated once; for create_graph=True compute it from the logits: "
+            "call model.eval() first, or apply a loss function to model(...).logits"
         )
     unit_NE, x_NE, weight_VE, labels_N, lse_N = ctx.saved_tensors
     grad_x = grad_weight = None

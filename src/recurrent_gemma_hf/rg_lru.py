@@ -209,9 +209,9 @@ def rg_lru_step(
 ) -> Tensor:
     """Compute gelu(y) * RG-LRU(conv1d(u)) for one token per row by two kernels, without gradients.
 
-    Updates the conv state (S, D, K - 1), of any strides, and the float32 state (S, D) in place, at addresses that a
-    CUDA graph can keep. Row b of the batch uses row state_indices_B[b] of the states, by default row b; a negative
-    index marks padding of the batch, whose output is 0. Returns out (B, D) in the dtype of u.
+    Updates the convolution's state (S, D, K - 1), of any strides, and the float32 state (S, D) in place, so that a CUDA
+    graph can capture the call. Row b of the batch uses row state_indices_B[b] of the states, by default row b; an index
+    < 0 marks padding, whose output is 0. Masks: see `rg_lru`, `causal_conv1d`. Returns out (B, D) in the dtype of u.
     """
     return _step(
         u_BD, y_BD, conv_state_SDC, h_SD, conv_weight_D1K, conv_bias_D, *parameters,
@@ -233,8 +233,8 @@ def _rg_lru(
     is_padding_BT: Tensor | None,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return out, the last state, and if `keep`, for the backward pass, the gates before their sigmoids and the states
-    between segments (else empty)."""
+    """Return out, the last state and, for the backward pass if `keep` (else empty), the gates before their sigmoids and
+    the state before every `UNROLLED` steps."""
     from .rg_lru_triton import forward
 
     gates_HNe = torch.bmm(*_gate_factors(x_BTD, r_weight_Hdd, i_weight_Hdd))
@@ -363,7 +363,7 @@ def _step(
     conv_tap_mask_BK: Tensor | None,
     state_indices_B: Tensor | None,
 ) -> Tensor:
-    """Compute `rg_lru_step`."""
+    """Compute `rg_lru_step` by its kernels."""
     from .rg_lru_step_triton import step
 
     parameters = (conv_weight_D1K, conv_bias_D, r_weight_Hdd, r_bias_Hd, i_weight_Hdd, i_bias_Hd, recurrent_param_D)

@@ -41,7 +41,7 @@ def dot(x, weight, total, UPCAST: tl.constexpr):
 
 @triton.jit
 def state_rows(index_ptr, b, B):
-    """Return the rows of the pool that belong to rows b of the batch, and which of these have one."""
+    """Return the row of the pool for each row b of the batch, and a mask of the rows b that have one."""
     index, is_row = b, b < B
     if index_ptr is not None:
         index = tl.load(index_ptr + b, mask=is_row, other=-1).to(tl.int64)
@@ -111,17 +111,17 @@ def rg_lru_step_kernel(
         inner = chunk + tl.arange(0, CHUNK)
         is_in = is_row & (inner < d)[None, :]
         x_in = tl.load(x_ptr + b * D + head * d + inner[None, :], mask=is_in, other=0.0)
-        at, is_weight = (head * d + inner[:, None]) * d + outer, (inner < d)[:, None] & is_c
-        r = dot(x_in, tl.load(r_weight_ptr + at, mask=is_weight, other=0.0), r, UPCAST)
-        i = dot(x_in, tl.load(i_weight_ptr + at, mask=is_weight, other=0.0), i, UPCAST)
+        offset, is_weight = (head * d + inner[:, None]) * d + outer, (inner < d)[:, None] & is_c
+        r = dot(x_in, tl.load(r_weight_ptr + offset, mask=is_weight, other=0.0), r, UPCAST)
+        i = dot(x_in, tl.load(i_weight_ptr + offset, mask=is_weight, other=0.0), i, UPCAST)
     inside = is_row & is_c
     x = tl.load(x_ptr + b * D + c, mask=inside, other=0.0).to(tl.float32)
     log_a_scale = -C * softplus(tl.load(recurrent_param_ptr + c, mask=is_c, other=0.0).to(tl.float32))
     a, _, gated, _, _ = coefficients(sigmoid(r), sigmoid(i), x, log_a_scale, is_reset, is_padding)
     h = a * tl.load(h_ptr + index * h_stride_S + c, mask=inside, other=0.0) + gated
     tl.store(h_ptr + index * h_stride_S + c, h, mask=inside)
-    opened, _ = gelu(tl.load(y_ptr + b * y_stride_B + c, mask=inside, other=0.0).to(tl.float32))
-    out = tl.where(is_row, h * opened, 0.0)
+    gelu_y, _ = gelu(tl.load(y_ptr + b * y_stride_B + c, mask=inside, other=0.0).to(tl.float32))
+    out = tl.where(is_row, h * gelu_y, 0.0)
     tl.store(out_ptr + b * D + c, out.to(out_ptr.dtype.element_ty), mask=(b < B) & is_c)
 
 

@@ -104,7 +104,7 @@ def rg_lru_kernel(
                 tl.store(carry, h, mask=within(is_channel, start, T))
         for k in tl.static_range(ROWS):
             t = start + k
-            is_padding = is_set(is_padding_ptr, is_padding_row, t, T) | (t >= T)  # the state stays after the end
+            is_padding = is_set(is_padding_ptr, is_padding_row, t, T) | (t >= T)  # no change after the end
             r, i = sigmoid(r_pre[k] + r_bias), sigmoid(i_pre[k] + i_bias)
             a, _, gated, _, _ = coefficients(r, i, x[k], log_a_scale, is_set(reset_ptr, reset_row, t, T), is_padding)
             h = a * h + gated
@@ -194,10 +194,10 @@ def rg_lru_backward_kernel(
                 )
                 r, i = sigmoid(r_pre[k] + r_bias), sigmoid(i_pre[k] + i_bias)
                 a, multiplier, _, raw_a, square = coefficients(r, i, x[k], log_a_scale, is_reset, is_padding)
-                opened, slope = gelu(y[k])
-                at = (b * T + t) * D + channel
-                tl.store(dy_ptr + at, (dout[k] * before[k + 1] * slope).to(dy_ptr.dtype.element_ty), mask=inside)
-                g = dout[k] * opened + G
+                gelu_y, slope = gelu(y[k])
+                offset = (b * T + t) * D + channel
+                tl.store(dy_ptr + offset, (dout[k] * before[k + 1] * slope).to(dy_ptr.dtype.element_ty), mask=inside)
+                g = dout[k] * gelu_y + G
                 G = a * g
                 dgated = tl.where(is_padding, 0.0, g)
                 dx = tl.where(is_padding, 0.0, g * multiplier * i)
@@ -206,7 +206,7 @@ def rg_lru_backward_kernel(
                 dlog_a = tl.where(is_reset | is_padding, 0.0, raw_a * (g * before[k] - 2.0 * raw_a * dsquare))
                 dr = dlog_a * log_a_scale * r * (1.0 - r)
                 dr = tl.where(is_padding, 0.0, dr)
-                tl.store(dx_ptr + at, dx.to(dx_ptr.dtype.element_ty), mask=inside)
+                tl.store(dx_ptr + offset, dx.to(dx_ptr.dtype.element_ty), mask=inside)
                 dgates = dgates_ptr + gate + t * 2 * d
                 tl.store(dgates, dr.to(dgates_ptr.dtype.element_ty), mask=inside)
                 tl.store(dgates + d, di.to(dgates_ptr.dtype.element_ty), mask=inside)

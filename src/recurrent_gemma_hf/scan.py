@@ -6,8 +6,8 @@
 - a scan over chunks in plain torch, for every device, and Triton kernels (scan_triton.py, imported on first use), as
   one operator with one backward pass. backend.py chooses between the two.
 
-Shape suffixes: B batch, T time, D lru_width, M chunks, K chunks of full length (M - 1); N tokens of S sequences in one
-row, P rows of a pool of states.
+Shapes: B batch, T tokens, D lru_width, M chunks, K = M - 1 chunks before the last; N tokens of S concatenated
+sequences, P rows of a pool of states.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def linear_recurrence(x_BTD: Tensor, a_BTD: Tensor, h0_BD: Tensor | None = None)
 
 
 def linear_recurrence_reference(x_BTD: Tensor, a_BTD: Tensor, h0_BD: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Compute `linear_recurrence` by a loop over time."""
+    """Compute `linear_recurrence` by a loop over time, without checking the inputs."""
     dtype = _accumulation_dtype(x_BTD, a_BTD, h0_BD)
     h = torch.zeros_like(x_BTD[:, 0], dtype=dtype) if h0_BD is None else h0_BD.to(dtype)
     states = []
@@ -110,7 +110,7 @@ def _check_inputs(x_BTD: Tensor, a_BTD: Tensor, h0_BD: Tensor | None) -> None:
 
 # ---------------------------------------------------------------- the operator
 #
-# A custom operator, because torch.compile would unroll the loops and recompile them for every length.
+# These are custom operators, because torch.compile would unroll the loops and recompile them for every length.
 
 
 @torch.library.custom_op(f"{_NAMESPACE}::scan", mutates_args=())

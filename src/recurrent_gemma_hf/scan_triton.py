@@ -2,7 +2,7 @@
 
 Memory traffic in bfloat16, per element: 6 bytes forward and 10 backward; with several segments of time, 4 more each.
 
-Shape suffixes: B batch, T time, D channels, S segments.
+Shapes: B batch, T tokens, D channels, S segments of time.
 """
 
 from __future__ import annotations
@@ -111,10 +111,10 @@ def scan_backward_kernel(
                 decay = finite(a[k] * decay)
             else:
                 t = start + k
-                inside, at = within(is_channel, t, T), (b * T + t) * D + channel
+                inside, offset = within(is_channel, t, T), (b * T + t) * D + channel
                 da = g * tl.where(t == 0, h0, before[k])
-                tl.store(dx_ptr + at, g.to(dx_ptr.dtype.element_ty), mask=inside)
-                tl.store(da_ptr + at, da.to(da_ptr.dtype.element_ty), mask=inside)
+                tl.store(dx_ptr + offset, g.to(dx_ptr.dtype.element_ty), mask=inside)
+                tl.store(da_ptr + offset, da.to(da_ptr.dtype.element_ty), mask=inside)
     if SUMMARY:
         summary = (b * S + segment) * D + channel
         tl.store(decay_ptr + summary, decay, mask=is_channel)

@@ -43,9 +43,9 @@ SIZES = ("B", "T", "S", "M", "N", "steps", "reset_stride_B", "is_padding_stride_
 
 
 def segments(programs: int, T: int, unrolled: int) -> tuple[int, int]:
-    """Return (S, steps in each): the segments of time, if `programs` share the rest of the work.
+    """Return the number S of time segments, and the steps of each, given `programs` over batch and channels.
 
-    Several segments read their inputs twice, so there is one if `programs` alone fill half of the GPU.
+    With several segments the inputs are read twice, so S is 1 if `programs` alone fill half of the GPU.
     """
     S = 1 if programs * 2 > WANTED_PROGRAMS else min(-(-WANTED_PROGRAMS // programs), MAX_SEGMENTS)
     tiles = -(-T // unrolled)

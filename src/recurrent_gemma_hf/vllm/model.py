@@ -7,10 +7,9 @@ Shapes: N tokens of all requests of a step (vLLM puts the B requests that decode
 P blocks of the state pool, E hidden_size, D lru_width, K conv1d_width, C = K - 1, F = N + S C, r half of rotary_dim,
 V vocab_size; D is that of one tensor-parallel rank.
 
-What depends on the requests' states are custom operators, which vLLM neither compiles nor captures in its piecewise
-CUDA graphs: the whole inside of a recurrent block where a kernel computes a decoding step; elsewhere the convolution
-and the recurrence, so that vLLM compiles the gates between them. They read the metadata of the step from the forward
-context.
+Computations on the requests' states are custom operators, which vLLM neither compiles nor captures in its piecewise
+CUDA graphs: the whole inside of a recurrent block if a kernel computes its decoding step; else the convolution and the
+recurrence, so that vLLM compiles the gates between them. They read the step's metadata from the forward context.
 """
 
 # Without `from __future__ import annotations`: vLLM reads the operators' schemas from their annotations.
@@ -59,41 +58,41 @@ from .plugin import OPERATORS, padded_head_dim
 
 
 class Decodes(NamedTuple):
-    """The decoding requests' rows of the pools."""
+    """Rows of the pools, one for each decoding request."""
 
     indices_B: Tensor  # int32, -1 for padding
     rows_B: Tensor  # int64, 0 for padding
 
     @staticmethod
     def of(metadata: BaseMambaAttentionMetadata) -> "Decodes":
-        """Read the rows. The padding of a captured batch has the null block, 0, which belongs to no request."""
+        """Read the rows. Padding of a captured batch has row 0, vLLM's null block, which belongs to no request."""
         rows_B = metadata.state_indices_tensor_d[: metadata.num_decode_tokens, 0].clamp(min=0)
         return Decodes(rows_B.masked_fill(rows_B == 0, -1), rows_B.long())
 
 
 class Prompts(NamedTuple):
-    """The prompts' rows of the pools, and the indices of their tokens.
+    """Rows of the pools, one for each prompt, and indices of the prompts' tokens.
 
-    The convolution takes them concatenated, each with the C inputs before it in front.
+    The convolution takes the prompts concatenated, each with its C earlier inputs in front.
     """
 
     rows_S: Tensor  # int64
     has_state_S: Tensor  # bool
     cu_seqlens: Tensor  # int64
     output_N: Tensor  # index of the convolution's output for each token; its input is C later
-    before_SC: Tensor  # indices of the inputs before each prompt
-    last_SC: Tensor  # indices of the last C inputs of each prompt, those before it included
+    before_SC: Tensor  # indices of the C inputs before each prompt
+    last_SC: Tensor  # indices of each prompt's last C inputs, which may be among those before it
 
     @staticmethod
     def of(metadata: BaseMambaAttentionMetadata, context: int) -> "Prompts":
-        """Read the metadata for C = `context`, without reading anything back from the device."""
+        """Compute the indices for C = `context`, without reading anything back from the device."""
         cu_seqlens = metadata.query_start_loc_p.long()
         starts, stops = cu_seqlens[:-1], cu_seqlens[1:]
         token, prompt, tap = (
             torch.arange(count, device=stops.device) for count in (metadata.num_prefill_tokens, len(stops), context)
         )
         prompt_N = torch.searchsorted(stops, token, right=True).clamp_(max=len(stops) - 1)
-        shifted = [(at + context * prompt)[:, None] + tap for at in (starts, stops)]
+        shifted = [(edge + context * prompt)[:, None] + tap for edge in (starts, stops)]
         rows_S = metadata.state_indices_tensor_p.long()
         return Prompts(rows_S, metadata.has_initial_states_p, cu_seqlens, token + context * prompt_N, *shifted)
 
@@ -108,10 +107,10 @@ class Requests(NamedTuple):
 
     @staticmethod
     def of(metadata: BaseMambaAttentionMetadata, reader: tuple[str, str], context: int) -> "Requests":
-        """Return the one that an earlier layer stored on the metadata object, or make and store it.
+        """Return the `Requests` that an earlier layer stored on the metadata object, or make and store them.
 
-        A reader that finds its own makes it again: an earlier pass with the same metadata stored it, to warm up for a
-        CUDA graph, and the graph must contain the computation.
+        A reader that finds its own makes them again: they are from an earlier pass with the same metadata, the warm-up
+        for a CUDA graph, and the graph must contain the computation.
         """
         found = getattr(metadata, "recurrent_gemma_requests", None)
         if found is None or found.reader == reader:
@@ -124,14 +123,14 @@ class Requests(NamedTuple):
 
 # --- The operators -------------------------------------------------------------------------------------------------
 #
-# vLLM's own causal_conv1d_fn and causal_conv1d_update (0.32 and 0.33) are not used. For one tap they fail or answer
-# wrongly without an error; on a GPU so does the first from five taps on, by its code. On a CPU the first reads every
-# prompt's borders in Python: 64 prompts of 8 tokens, D = 512, take 8 ms a layer, and 0.9 ms here. The second would save
-# 30 to 310 microseconds a layer there (1 to 63 requests); on a GPU `rg_lru_step` contains the convolution.
+# vLLM's causal_conv1d_fn and causal_conv1d_update (0.32 and 0.33) are not used. For K = 1 they fail or give wrong
+# results without an error; by its code, so does the first on a GPU for K > 4. On a CPU the first reads the prompts'
+# boundaries in Python: 64 prompts of 8 tokens, D = 512, take 8 ms a layer, and 0.9 ms here. The second would save 30 to
+# 310 microseconds a layer there (1 to 63 requests); on a GPU `rg_lru_step` contains the convolution.
 
 
 def _run(name: str, layer_name: str, out_ND: Tensor, *inputs_ND: Tensor) -> None:
-    """Let the layer's methods `decode_<name>` and `prefill_<name>` compute the tokens of a step; padding becomes 0."""
+    """Call the layer's methods `decode_<name>` and `prefill_<name>` for the tokens of a step; write 0 at padding."""
     context = get_forward_context()
     layer = context.no_compile_layers[layer_name]
     if context.attn_metadata is None:  # vLLM measures memory or warms up: there are no states
@@ -148,19 +147,19 @@ def _run(name: str, layer_name: str, out_ND: Tensor, *inputs_ND: Tensor) -> None
 
 @eager_break_during_capture
 def _conv1d(u_ND: Tensor, out_ND: Tensor, layer_name: str) -> None:
-    """Compute conv1d(u) for all tokens of a step, each after its own request's earlier ones."""
+    """Compute conv1d(u) for all tokens of a step, from the states of their requests."""
     _run("conv1d", layer_name, out_ND, u_ND)
 
 
 @eager_break_during_capture
 def _scan(x_ND: Tensor, a_ND: Tensor, out_ND: Tensor, layer_name: str) -> None:
-    """Compute h_t = a_t h_{t-1} + x_t likewise, in float32."""
+    """Compute h_t = a_t h_{t-1} + x_t for all tokens of a step, in float32, from the states of their requests."""
     _run("scan", layer_name, out_ND, x_ND, a_ND)
 
 
 @eager_break_during_capture
 def _block(u_ND: Tensor, y_ND: Tensor, is_first_N: Tensor, out_ND: Tensor, layer_name: str) -> None:
-    """Compute act(y) * RG-LRU(conv1d(u)) likewise."""
+    """Compute act(y) * RG-LRU(conv1d(u)) for all tokens of a step, from the states of their requests."""
     _run("block", layer_name, out_ND, u_ND, y_ND, is_first_N)
 
 
@@ -232,7 +231,7 @@ class LocalAttention(nn.Module):
         )  # fmt: skip
 
     def _pad(self, x: Tensor) -> Tensor:
-        """Pad each head with zeros to a size that the attention supports; they change no result."""
+        """Pad each head with zeros to a size that the attention supports; zeros change no result."""
         return F.pad(x.unflatten(-1, (-1, self.head_dim)), (0, self.padding)).flatten(-2)
 
     def forward(self, x_NE: Tensor, positions: Positions) -> Tensor:
@@ -249,7 +248,7 @@ class LocalAttention(nn.Module):
 
 
 def sharded_parameter(*shape: int) -> nn.Parameter:
-    """Make a parameter of which each rank loads its part of the first dimension."""
+    """Make a parameter whose first dimension is split over the ranks: each loads its part."""
     parameter = nn.Parameter(torch.empty(shape), requires_grad=False)
     set_weight_attrs(parameter, {"weight_loader": sharded_weight_loader(0)})
     return parameter
@@ -366,7 +365,7 @@ class RecurrentBlock(nn.Module, MambaBase):
     def decode_scan(self, x_BD: Tensor, a_BD: Tensor, decodes: Decodes) -> Tensor:
         """Compute one step of the recurrence for each decoding request."""
         state_PD = self.kv_cache[1]
-        state_PD[0] = 0.0  # as above
+        state_PD[0] = 0.0  # as in decode_conv1d
         state_PD[decodes.rows_B] = h_BD = torch.addcmul(x_BD, a_BD, state_PD[decodes.rows_B])
         return h_BD
 
@@ -399,7 +398,7 @@ class RecurrentBlock(nn.Module, MambaBase):
 
     @property
     def mamba_type(self) -> MambaAttentionBackendEnum:
-        """Return the kind of metadata that the layer reads: rows of the pools, for decoding requests and prompts."""
+        """Return the kind of metadata that vLLM passes to the layer: rows of the pools, and prompts' boundaries."""
         return MambaAttentionBackendEnum.MAMBA1
 
     def get_state_shape(self) -> tuple[tuple[int, ...], ...]:
@@ -407,12 +406,12 @@ class RecurrentBlock(nn.Module, MambaBase):
         return state_shapes(self.vllm_config)
 
     def get_state_dtype(self) -> tuple[torch.dtype, ...]:
-        """Return their dtypes."""
+        """Return the dtypes of the same states."""
         return state_dtypes(self.vllm_config)
 
 
 def state_shapes(vllm_config: VllmConfig) -> tuple[tuple[int, ...], ...]:
-    """Return ((K - 1, D), (D,)) of one rank, the first transposed where VLLM_SSM_CONV_STATE_LAYOUT says so."""
+    """Return ((K - 1, D), (D,)) of one rank, the first transposed if VLLM_SSM_CONV_STATE_LAYOUT puts D first."""
     config = vllm_config.model_config.hf_config
     D = config.lru_width // vllm_config.parallel_config.tensor_parallel_size
     context = max(config.conv1d_width - 1, 1)  # a pool cannot be empty
@@ -420,7 +419,7 @@ def state_shapes(vllm_config: VllmConfig) -> tuple[tuple[int, ...], ...]:
 
 
 def state_dtypes(vllm_config: VllmConfig) -> tuple[torch.dtype, ...]:
-    """Return (that of the activations, float32)."""
+    """Return the dtypes of the convolution's state (by default the activations') and of the RG-LRU's (float32)."""
     return MambaStateDtypeCalculator.mamba1_state_dtype(
         vllm_config.model_config.dtype, vllm_config.cache_config.mamba_cache_dtype, "float32"
     )
@@ -494,9 +493,9 @@ class RecurrentGemmaModel(nn.Module):
         else:
             assert input_ids is not None
             x_NE = self.embed_input_ids(input_ids)
-        at = Positions.of(positions, self.config, x_NE.dtype)
+        step_positions = Positions.of(positions, self.config, x_NE.dtype)
         for layer in islice(self.layers, self.start_layer, self.end_layer):
-            x_NE = layer(x_NE, at)
+            x_NE = layer(x_NE, step_positions)
         if not get_pp_group().is_last_rank:
             return IntermediateTensors({"hidden_states": x_NE})
         return self.final_norm(x_NE)

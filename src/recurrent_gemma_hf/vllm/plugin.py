@@ -1,4 +1,4 @@
-"""The vLLM plugin (entry point `vllm.general_plugins`), with which `vllm serve` takes our checkpoints.
+"""The vLLM plugin (entry point `vllm.general_plugins`): `vllm serve` takes our checkpoints.
 
 vLLM calls `register` in each of its processes (API server, engine, workers). The model itself is in model.py and is
 imported where vLLM builds it. Only this folder depends on vLLM; `SUPPORTED` is the tested range.
@@ -66,7 +66,7 @@ class RecurrentGemmaVllmConfig:
 
     @staticmethod
     def verify_and_update_config(vllm_config: Any) -> None:
-        """Keep the state in float32, and raise ValueError for options that would give wrong results."""
+        """Keep the state in float32; switch off or reject (ValueError) options that fail or give wrong results."""
         cache_config = vllm_config.cache_config
         if cache_config.mamba_ssm_cache_dtype not in ("auto", "float32"):
             raise ValueError(
@@ -78,7 +78,7 @@ class RecurrentGemmaVllmConfig:
             "recurrent" not in vllm_config.model_config.hf_config.layers_block_type
             and cache_config.enable_prefix_caching
         ):
-            logger.warning("prefix caching is off: for models with a state, vLLM's needs a recurrent layer")
+            logger.warning("prefix caching is off: in this architecture vLLM supports it only with a recurrent layer")
             cache_config.enable_prefix_caching = False
         if vllm_config.speculative_config is not None:
             raise ValueError(
@@ -88,7 +88,7 @@ class RecurrentGemmaVllmConfig:
 
 
 def padded_head_dim(head_dim: int) -> int:
-    """Return the smallest head size from `head_dim` on that this platform's attention supports."""
+    """Return the smallest supported head size >= `head_dim`; raise ValueError if there is none (on a CPU)."""
     from vllm.platforms import current_platform
 
     if not current_platform.is_cpu():

@@ -151,7 +151,7 @@ def continuations_alone(variant: str) -> Tensor:
     return torch.cat([recompute(variant, row[None])[:, len(row) :] for row in rows_of_different_lengths()])
 
 
-# Padding on the right and prefill_chunk_size: see test_padding_on_the_right_is_refused_where_it_cannot_work.
+# Padding on the right and prefill_chunk_size: see test_padding_on_the_right_that_fills_the_last_chunk_is_refused.
 PADDED_MODES = [("left", mode) for mode in MODES] + [
     ("right", mode) for mode, options in MODES.items() if "prefill_chunk_size" not in options
 ]
@@ -688,7 +688,21 @@ def test_bad_input_is_refused(ids: Tensor, options: dict, message: str):
         write(model_of(), ids, **options)
 
 
-def test_padding_on_the_right_is_refused_where_it_cannot_work():
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_padding_on_the_right_that_fills_the_last_chunk_is_refused(size: int):
+    """Its logits would be those of padding."""
     ids, mask = pad(rows_of_different_lengths(), "right")
-    with pytest.raises(ValueError, match=r"padding on the right.*prefill_chunk_size.*on the left"):
-        write(model_of(), ids, attention_mask=mask, prefill_chunk_size=4)
+    match = rf"row \d of the prompts has only padding in .*\(prefill_chunk_size={size}\); pad prompts on the left"
+    with pytest.raises(ValueError, match=match):
+        write(model_of(), ids, attention_mask=mask, prefill_chunk_size=size)
+
+
+@pytest.mark.parametrize("new", [1, 2])
+def test_a_turn_of_padding_is_refused(new: int):
+    cache, ids = RecurrentGemmaCache(model_of().config), prompts()
+    with torch.no_grad():
+        model_of()(ids, cache=cache)
+    mask = torch.ones(3, PROMPT + new, dtype=torch.long)
+    mask[1, PROMPT:] = 0
+    with pytest.raises(ValueError, match=rf"row 1 of the prompts has only padding in the last {new} columns; pad"):
+        write(model_of(), torch.cat([ids, ids[:, :new]], dim=1), attention_mask=mask, cache=cache)

@@ -46,7 +46,7 @@ class RecurrentGemmaGenerationMixin(GenerationMixin):
         """Make a RecurrentGemmaCache, whatever `cache_implementation` is; "static" only makes Transformers compile."""
         if generation_mode == GenerationMode.ASSISTED_GENERATION:
             self._check_speculation(model_kwargs)
-        self._check_chunks(generation_config, model_kwargs)
+        self._check_prefill(generation_config, model_kwargs)
         if model_kwargs.get(CACHE_NAME) is not None or generation_config.use_cache is False:
             return super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, *args)
         kind = generation_config.cache_implementation or "dynamic"
@@ -62,18 +62,31 @@ class RecurrentGemmaGenerationMixin(GenerationMixin):
         return None
 
     @staticmethod
-    def _check_chunks(generation_config: Any, model_kwargs: dict[str, Any]) -> None:
-        """Turn chunked prefill off after a cache with tokens, where this Transformers cannot continue one in chunks."""
-        size = generation_config.prefill_chunk_size
-        cache, mask = model_kwargs.get(CACHE_NAME), model_kwargs.get("attention_mask")
-        if size is None or cache is None or CONTINUES_IN_CHUNKS or not cache.get_seq_length():
+    def _check_prefill(generation_config: Any, model_kwargs: dict[str, Any]) -> None:
+        """Raise ValueError for rows that end before the last forward of the prefill, since its logits are their
+        padding's. Turn chunks off if a cache has tokens and this Transformers cannot go on from it in chunks."""
+        size, mask = generation_config.prefill_chunk_size, model_kwargs.get("attention_mask")
+        cache = model_kwargs.get(CACHE_NAME)
+        seen = 0 if cache is None else cache.get_seq_length()
+        if size is not None and seen and not CONTINUES_IN_CHUNKS:
+            if mask is None or mask.shape[1] - seen > size:
+                logger.warning_once(
+                    f"prefill_chunk_size={size}: this Transformers prefills in chunks only without a cache; with one "
+                    "it prefills at once, with the same text and more memory. Transformers 5.21 can go on from one in "
+                    "chunks."
+                )
+            size = generation_config.prefill_chunk_size = None
+        if mask is None or mask.ndim != 2 or mask.shape[1] <= seen:
             return
-        if mask is None or mask.shape[1] - cache.get_seq_length() > size:
-            logger.warning_once(
-                f"prefill_chunk_size={size}: this Transformers prefills in chunks only without a cache; with one it "
-                "prefills at once, with the same text and more memory. Transformers 5.21 can go on from one in chunks."
+        new = mask.shape[1] - seen
+        last = new if size is None else (new - 1) % size + 1
+        ended = mask.any(1) & ~mask[:, -last:].any(1)
+        if ended.any():
+            chunks = "" if size is None else f", those of its last chunk (prefill_chunk_size={size})"
+            raise ValueError(
+                f"row {ended.nonzero()[0].item()} of the prompts has only padding in the last {last} columns{chunks}; "
+                "pad prompts on the left"
             )
-        generation_config.prefill_chunk_size = None
 
     def _check_speculation(self, model_kwargs: dict[str, Any]) -> None:
         """Raise ValueError for padding on the right, since a draft must follow the text directly."""
@@ -131,10 +144,7 @@ class RecurrentGemmaGenerationMixin(GenerationMixin):
         new = model_inputs["input_ids"] if model_inputs.get("input_ids") is not None else model_inputs["inputs_embeds"]
         T = new.shape[1]
         if mask is not None and mask.ndim == 2 and T > 1 and not mask[:, -1].all():
-            tokens, earlier = mask[:, -T:].bool(), mask[:, :-T].bool()
-            if (earlier.any(1) & ~tokens.any(1)).any():
-                raise ValueError("padding on the right does not go with prefill_chunk_size; pad prompts on the left")
-            model_inputs["logits_to_keep"] = last_true(tokens).to(new.device)
+            model_inputs["logits_to_keep"] = last_true(mask[:, -T:].bool()).to(new.device)
         return model_inputs
 
     @staticmethod

@@ -10,6 +10,7 @@ Shapes: B batch, T tokens (columns), V vocabulary.
 import copy
 import functools
 import itertools
+import os
 import threading
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -724,3 +726,65 @@ def test_a_file_with_other_tensors_is_refused(tmp_path: Path):
     save_file(tensors, path, metadata=metadata)
     with pytest.raises(ValueError, match=r"lacks or has too many tensors: layers.2.keys, layers.9.keys"):
         RecurrentGemmaCache.load(path, model_of().config)
+
+
+DAMAGE = {
+    "state in bfloat16": ("layers.0.recurrent", lambda x: x.bfloat16(), r"layers.0.recurrent as torch.bfloat16"),
+    "keys in int8": ("layers.2.keys", lambda x: x.to(torch.int8), r"layers.2.keys as torch.int8"),
+    "another row": (
+        "layers.0.conv",
+        lambda x: x[:1].contiguous(),
+        r"layers.0.conv as .* \(1, .*must be a float of shape",
+    ),
+    "a slot too few": ("layers.2.values", lambda x: x[:, :, 1:].contiguous(), r"layers.2.values as .*must be a float"),
+    "flat": ("layers.0.recurrent", lambda x: x.flatten(), r"layers.0.recurrent as .*must be a float of shape"),
+    "counts of floats": ("lengths", lambda x: x.float(), r"has no token counts"),
+    "counts of nobody": ("lengths", lambda x: x[:0].clone(), r"has no token counts"),
+    "more tokens than columns": ("lengths", lambda x: x + 1, r"counts \[21, 21\] tokens in 20 columns"),
+    "fewer than none": ("lengths", lambda x: x - 30, r"counts \[-10, -10\] tokens in 20 columns"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_tensors_are_refused(tmp_path: Path, damage: str):
+    path, (name, change, message) = tmp_path / "prompt.safetensors", DAMAGE[damage]
+    prefilled().save(path)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(path)
+    save_file({**tensors, name: change(tensors[name])}, path, metadata=metadata)
+    with pytest.raises(ValueError, match=rf"prompt.safetensors .*{message}"):
+        RecurrentGemmaCache.load(path, model_of().config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"columns": "many"}, "has a damaged count of columns, 'many'"),
+        ({"columns": None}, "has a damaged count of columns, 'none'"),
+        ({"columns": "-3"}, "has a damaged count of columns, '-3'"),
+        ({"fingerprint": None}, "belongs to another config"),
+        ({"format": "recurrent_gemma_cache_v0"}, "was not written by RecurrentGemmaCache.save"),
+    ],
+)
+def test_damaged_metadata_is_refused(tmp_path: Path, changes: dict, message: str):
+    path = tmp_path / "prompt.safetensors"
+    prefilled().save(path)
+    with safe_open(path, "pt") as file:
+        metadata = {**file.metadata(), **changes}
+    save_file(load_file(path), path, metadata={k: v for k, v in metadata.items() if v is not None})
+    with pytest.raises(ValueError, match=rf"prompt.safetensors {message}"):
+        RecurrentGemmaCache.load(path, model_of().config)
+
+
+def test_a_link_stays_and_nothing_but_a_file_is_replaced(tmp_path: Path):
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    prefilled().save(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert RecurrentGemmaCache.load(tmp_path / "file", model_of().config).get_seq_length() == 20
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path, tmp_path / "pipe", Path("/dev/null")):
+        with pytest.raises(ValueError, match=r"is not a file \(a folder or a device\); give the name of a file"):
+            prefilled().save(path)
+    with pytest.raises(OSError, match=r"no/such/folder/x cannot be written"):
+        prefilled().save(tmp_path / "no/such/folder/x")

@@ -24,6 +24,7 @@ from .configuration_recurrent_gemma import RecurrentGemmaConfig, fingerprint_of
 from .transformers_compat import LinearAttentionCacheLayerMixin
 
 FORMAT = "recurrent_gemma_cache_v1"
+HALF_DTYPES = (torch.bfloat16, torch.float16)
 
 
 def _mark_static(*tensors: torch.Tensor) -> None:
@@ -398,6 +399,14 @@ class RecurrentGemmaRecurrentLayer(_LayerMixin, LinearAttentionCacheLayerMixin):
         self.forget_tapes()
 
 
+def _fits(tensor: torch.Tensor, shape: tuple[int, ...], *, is_state: bool) -> bool:
+    """Tell whether a saved tensor has the shape, or a tensor-parallel rank's share of the channels, and a dtype of its
+    kind: the recurrent state is float32 or float64."""
+    dtypes = (torch.float32, torch.float64) if is_state else (torch.float32, torch.float64, *HALF_DTYPES)
+    same = tensor.ndim == len(shape) and (tensor.shape[0], *tensor.shape[2:]) == (shape[0], *shape[2:])
+    return same and tensor.shape[1] > 0 and shape[1] % tensor.shape[1] == 0 and tensor.dtype in dtypes
+
+
 class RecurrentGemmaCache(Cache):
     """State of a batch of sequences: constant size for any number of tokens.
 
@@ -678,11 +687,15 @@ class RecurrentGemmaCache(Cache):
         tensors["lengths"] = self.progress.lengths.cpu()
         fingerprint = fingerprint_of(self._made_for)
         metadata = {"format": FORMAT, "fingerprint": fingerprint, "columns": str(self.progress.columns)}
-        target = Path(path)
+        target = Path(os.path.realpath(path))  # a link stays a link
+        if target.exists() and not target.is_file():
+            raise ValueError(f"{path} is not a file (a folder or a device); give the name of a file")
         temporary = target.with_name(f".{target.name}.{os.getpid()}.{threading.get_ident()}.tmp")
         try:
             save_file(tensors, temporary, metadata=metadata)
             temporary.replace(target)
+        except SafetensorError as error:
+            raise OSError(f"{path} cannot be written: {error}") from error
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -700,28 +713,49 @@ class RecurrentGemmaCache(Cache):
             raise ValueError(f"{path} is not a complete safetensors file ({error}); save the cache again") from error
         if metadata.get("format") != FORMAT:
             raise ValueError(f"{path} was not written by RecurrentGemmaCache.save (format {metadata.get('format')!r})")
-        if metadata["fingerprint"] != config.fingerprint():
+        fingerprint, columns = metadata.get("fingerprint", "none"), metadata.get("columns", "none")
+        if fingerprint != config.fingerprint():
             raise ValueError(
-                f"{path} belongs to another config (fingerprint {metadata['fingerprint'][:12]}, this model has "
+                f"{path} belongs to another config (fingerprint {fingerprint[:12]}, this model has "
                 f"{config.fingerprint()[:12]}); load it with the model that wrote it"
             )
-        cache._restore(tensors, int(metadata["columns"]), path)
+        if not (columns.isascii() and columns.isdigit()):
+            raise ValueError(f"{path} has a damaged count of columns, {columns!r}; save the cache again")
+        cache._restore(tensors, int(columns), path)
         return cache
 
     def _restore(self, tensors: dict[str, torch.Tensor], columns: int, path: str | os.PathLike) -> None:
-        kinds = {"recurrent": ("conv", "recurrent"), "attention": ("keys", "values")}
-        expected = {
-            f"layers.{i}.{name}" for i, kind in enumerate(self.config.layers_block_type) for name in kinds[kind]
+        config, lengths = self.config, tensors.get("lengths", torch.empty(0))
+        if lengths.ndim != 1 or not len(lengths) or lengths.dtype != torch.int64:
+            raise ValueError(f"{path} has no token counts (lengths, one int64 per row); save the cache again")
+        if lengths.min() < 0 or lengths.max() > columns:
+            raise ValueError(f"{path} counts {lengths.tolist()} tokens in {columns} columns; save the cache again")
+        B, D = len(lengths), config.lru_width
+        ring = (B, config.num_key_value_heads, config.attention_window_size + 1, config.head_dim)
+        shapes: dict[str, dict[str, tuple[int, ...]]] = {
+            "recurrent": {"conv": (B, D, config.conv1d_width - 1), "recurrent": (B, D)},
+            "attention": {"keys": ring, "values": ring},
         }
-        if tensors.keys() != expected | {"lengths"}:
-            odd = sorted(tensors.keys() ^ (expected | {"lengths"}))
+        expected: dict[str, tuple[int, ...]] = {"lengths": (B,)} | {
+            f"layers.{i}.{name}": shape
+            for i, kind in enumerate(config.layers_block_type)
+            for name, shape in shapes[kind].items()
+        }
+        if tensors.keys() != expected.keys():
+            odd = sorted(tensors.keys() ^ expected.keys())
             raise ValueError(f"{path} lacks or has too many tensors: {', '.join(odd)}")
+        for key, tensor in tensors.items():
+            if key != "lengths" and not _fits(tensor, expected[key], is_state=key.endswith(".recurrent")):
+                raise ValueError(
+                    f"{path} has {key} as {tensor.dtype} {tuple(tensor.shape)}, which must be a float of shape "
+                    f"{expected[key]}; save the cache again"
+                )
         self.progress.set_lengths(tensors.pop("lengths"))
         self.progress.columns = columns
         for key, tensor in tensors.items():
-            _, i, name = key.split(".")
+            _, index, name = key.split(".")
             value = tensor.transpose(1, 2).contiguous().transpose(1, 2) if name == "conv" else tensor
-            self.layers[int(i)].set_tensor(name, value)
+            self.layers[int(index)].set_tensor(name, value)
         for layer in self.layers:
             _mark_static(*layer.tensors().values())
 

@@ -83,7 +83,6 @@ def chat(
 def _obey(conversation: Conversation, line: str) -> str:
     """Execute a command of the chat and return the message for the user; no error ends the chat."""
     command, _, argument = line.partition(" ")
-    path = Path(argument.strip()).expanduser()
     if command == "/reset":
         conversation.reset()
         return "a new conversation"
@@ -92,12 +91,13 @@ def _obey(conversation: Conversation, line: str) -> str:
     if not argument.strip():
         return f"{command} needs the name of a file; for instance {command} talk.safetensors"
     try:
+        path = Path(argument.strip()).expanduser()
         if command == "/save":
             conversation.save(path)
             return f"saved in {path}; recurrent-gemma chat with the same model and /load {path} go on from here"
         return f"going on after {conversation.load(path)} tokens"
-    except (OSError, ValueError) as error:
-        return f"{command} failed: {error}"
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: a home folder that there is not
+        return f"{command} failed: {' '.join(str(error).split())}"
 
 
 def _read_prompt(prompt: str | None) -> str:

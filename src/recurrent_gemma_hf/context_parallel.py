@@ -19,6 +19,7 @@ h head_dim, K conv1d_width, W attention_window_size.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +34,7 @@ from .cross_entropy import IGNORE_INDEX
 from .inputs import check_positions, document_positions, first_tokens, is_counted, token_columns
 from .scan import linear_recurrence
 
+_HASHED = 1 << 24  # elements that are hashed at a time
 _SEGMENT = 4096  # tokens whose decays exist at a time in the backward pass
 
 _KNOWN_KEYS = (
@@ -61,6 +63,7 @@ def shard_sequence(batch: Mapping[str, Any], group: dist.ProcessGroup | DeviceMe
             key is unknown, or the batch differs between the ranks.
     """
     group = group.get_group() if isinstance(group, DeviceMesh) else group
+    _check_same_batch(batch, group)
     unknown = sorted(set(batch) - set(_KNOWN_KEYS))
     if unknown:
         raise ValueError(f"shard_sequence cannot split {', '.join(unknown)}; it takes {', '.join(_KNOWN_KEYS)}")
@@ -78,7 +81,6 @@ def shard_sequence(batch: Mapping[str, Any], group: dist.ProcessGroup | DeviceMe
     _check_mask(mask, (B, T))
     is_token = token_columns(mask, T)
     positions = document_positions(batch.get("position_ids"), dict(batch), is_token, (B, T))
-    _check_same_batch(tokens, labels, group)
     shard = SequenceShard(group, rank, ranks, rank * (T // ranks), T // ranks)
     whole = {name: batch[name] for name in ("input_ids", "inputs_embeds", "labels") if batch.get(name) is not None}
     if positions is not None:
@@ -114,12 +116,16 @@ def _check_mask(mask: torch.Tensor | None, shape: tuple[int, int]) -> None:
         )
 
 
-def _check_same_batch(tokens: torch.Tensor, labels: torch.Tensor | None, group: dist.ProcessGroup) -> None:
-    """Raise ValueError if the ranks' batches differ (in shape or sums): their chunks would not form one sequence."""
-    sums = [float(x.detach().double().sum()) for x in (tokens, labels) if x is not None]
+def _check_same_batch(batch: Mapping[str, Any], group: dist.ProcessGroup) -> None:
+    """Raise ValueError if the ranks' batches differ in anything: their chunks would not form one sequence.
+
+    Before every other check, so that no rank waits for one that raised an error.
+    """
+    about = [(name, (*x.shape, x.dtype) if isinstance(x, torch.Tensor) else x) for name, x in sorted(batch.items())]
+    total = zlib.crc32(repr(about).encode()) + sum(_checksum(x) for x in batch.values() if isinstance(x, torch.Tensor))
     # A device that the group's backend can send from; the batch may not be there yet.
     device = torch.device("cpu") if "gloo" in dist.get_backend(group) else torch.accelerator.current_accelerator()
-    own = torch.tensor([*tokens.shape[:2], *sums, labels is None], dtype=torch.float64, device=device)
+    own = torch.tensor([total % 2**63], device=device)
     seen = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
     dist.all_gather(seen, own, group=group)
     differing = [rank for rank, other in enumerate(seen) if not torch.equal(other, seen[0])]
@@ -128,6 +134,20 @@ def _check_same_batch(tokens: torch.Tensor, labels: torch.Tensor | None, group: 
             f"ranks {differing} of the group were given another batch than rank 0; give all ranks of the group the "
             "same batch (for example by seeding their samplers alike)"
         )
+
+
+def _checksum(x: torch.Tensor) -> int:
+    """Sum the bits of all elements, each times pseudo-random 64 bits of its position (splitmix64), modulo 2^64."""
+    bits = x.detach().contiguous().flatten()
+    if bits.is_floating_point():
+        bits = bits.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[bits.element_size()])
+    total = 0
+    for start in range(0, len(bits), _HASHED):
+        part = bits[start : start + _HASHED].long()
+        weights = torch.arange(start + 1, start + 1 + len(part), device=x.device) * -0x61C8864680B583EB
+        weights = (weights ^ (weights >> 31)) * -0x40A7B892E31B1A47
+        total += int((part * (weights ^ (weights >> 29))).sum())
+    return total
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from .configuration_recurrent_gemma import RecurrentGemmaConfig
 from .inputs import Columns, InputMask
 
-QUERY_BLOCK = 512  # queries per block of banded attention; the waste is block / window
+QUERY_BLOCK = 512  # queries per block of banded attention; the extra work is about block / window
 
 
 class AttentionMask(NamedTuple):
@@ -174,7 +174,7 @@ def with_backend_mask(
     batch_size: int,
     wants_probabilities: bool,
 ) -> AttentionMask:
-    """Return `attention` with the mask in the form that the attention implementation reads."""
+    """Return `attention` with the mask that the attention implementation reads, or marked for `attend_in_blocks`."""
     T, K = attention.max_lookback.shape[1], attention.key_index.shape[1]
     if mask_4d is not None:
         return attention._replace(backend_mask=mask_4d[..., mask_4d.shape[3] - K :])

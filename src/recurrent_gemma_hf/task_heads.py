@@ -24,7 +24,8 @@ from .transformers_compat import (
 def _last_token(
     config: RecurrentGemmaConfig, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, B: int, T: int
 ) -> torch.Tensor | None:
-    """Return the column of each row's last token, (B, 1); None, for one row, if nothing identifies padding."""
+    """Return the column of each row's last token, (B, 1). If nothing identifies padding, return None for one row, and
+    raise ValueError for more."""
     if attention_mask is not None and attention_mask.ndim == 2:
         tokens = attention_mask[:, -T:].bool()
     elif input_ids is not None and config.pad_token_id is not None:
@@ -41,9 +42,9 @@ def _last_token(
 def _of_the_batch(
     loss: torch.Tensor, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None
 ) -> torch.Tensor:
-    """Scale the mean over these labels to its share of the mean over all labels of an accumulated batch.
+    """Scale the mean loss of a micro-batch to its share of the mean over all `num_items_in_batch` labels of the batch.
 
-    Trainer counts those (`num_items_in_batch`) and adds up the losses of the micro-batches.
+    Trainer counts these labels and sums the losses of the micro-batches.
     """
     if num_items_in_batch is None:
         return loss

@@ -24,8 +24,7 @@ from .transformers_compat import (
 def _last_token(
     config: RecurrentGemmaConfig, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, B: int, T: int
 ) -> torch.Tensor | None:
-    """Return the column of each row's last token, (B, 1). If nothing identifies padding, return None for one row, and
-    raise ValueError for more."""
+    """Return the column of each row's last token, (B, 1); without a sign of padding, None for one row, else raise."""
     if attention_mask is not None and attention_mask.ndim == 2:
         tokens = attention_mask[:, -T:].bool()
     elif input_ids is not None and config.pad_token_id is not None:

@@ -38,11 +38,11 @@ def generate(
     dtype: DtypeOption = "auto",
     device: DeviceOption = None,
 ) -> None:
-    """Continue PROMPT, or answer it where the model is instruction-tuned, writing as the text comes."""
+    """Continue PROMPT, or answer it if the model is instruction-tuned. Tokens are printed as they come."""
     settings = _generation_settings(max_new_tokens, temperature, top_k, top_p, greedy)
     text = _read_prompt(prompt)
     conversation = _begin(model, dtype, device, settings, raw, seed)
-    # A continuation reads on from its prompt, so the prompt is printed too; an answer stands alone.
+    # A continuation is read together with its prompt, so that is printed too; an answer is printed alone.
     note(conversation.ask(text, echo=not conversation.has_template))
 
 
@@ -58,7 +58,7 @@ def chat(
     dtype: DtypeOption = "auto",
     device: DeviceOption = None,
 ) -> None:
-    """Talk to a model. The state of the conversation has a constant size, however long the talk."""
+    """Chat with a model. The state of a conversation has a constant size at any length."""
     settings = _generation_settings(max_new_tokens, temperature, top_k, top_p, greedy)
     conversation = _begin(model, dtype, device, settings, raw, seed)
     interactive = sys.stdin.isatty()
@@ -105,7 +105,7 @@ def _read_prompt(prompt: str | None) -> str:
         if sys.stdin.isatty():
             raise Problem('no prompt; give one (recurrent-gemma generate "Once upon a time") or pipe a text in')
         prompt = _read_stdin(sys.stdin.read).removesuffix("\n")
-    elif any("\ud800" <= character <= "\udfff" for character in prompt):  # how Python passes on undecodable bytes
+    elif any("\ud800" <= character <= "\udfff" for character in prompt):  # how Python represents undecodable bytes
         raise Problem("the prompt is not UTF-8; convert it, for instance with iconv")
     if not prompt.strip():
         raise Problem("the prompt is empty; give at least one word")
@@ -120,7 +120,7 @@ def _read_stdin(read: Callable[[], str]) -> str:
 def _generation_settings(
     max_new_tokens: int, temperature: float | None, top_k: int | None, top_p: float | None, greedy: bool
 ) -> dict[str, Any]:
-    """Return the arguments of `model.generate`; the checkpoint's generation_config.json decides the rest."""
+    """Return the arguments of `model.generate`, or raise a Problem; generation_config.json sets the others."""
     if max_new_tokens < 1:
         raise Problem(f"--max-new-tokens is {max_new_tokens}; give 1 or more")
     if temperature is not None and not 0 < temperature < float("inf"):

@@ -40,7 +40,7 @@ def _numbers(text: str, option: str, kind: type = int) -> tuple[Any, ...]:
 
 
 def _kept(records: Iterable[dict[str, Any]], output: Path | None, **about: Any) -> Iterator[dict[str, Any]]:
-    """Yield the records, each as soon as it is written to `output`, there together with `about`."""
+    """Append each record, with the fields `about`, to `output` if given, and then yield it."""
     from ..evaluation.records import append_record
 
     for record in records:
@@ -64,7 +64,7 @@ def position(
     device: DeviceOption = None,
 ) -> None:
     """Measure mean next-token loss by position, up to millions of tokens in constant memory."""
-    figures = import_extra("figures") if figure is not None else None  # not first missed after the measurement
+    figures = import_extra("figures") if figure is not None else None  # before the measurement, if it is missing
     from ..evaluation.position_loss import Wanted, measure, read_documents
     from ..evaluation.records import append_record, read_records
 
@@ -85,7 +85,7 @@ def position(
     )
     if output is not None:
         append_record(output, result)
-    if figures is not None:  # measurements in one file come into one figure
+    if figures is not None:  # the figure shows all measurements in the file
         figures.draw_positions([result] if output is None else read_records(output), figure)
 
 

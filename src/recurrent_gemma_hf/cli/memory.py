@@ -22,7 +22,7 @@ def memory(
     rank: Annotated[int, typer.Option(help="Of the adapters.")] = 16,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per line instead of a table.")] = False,
 ) -> None:
-    """State what one training step with AdamW takes on each device, without and with activation checkpointing."""
+    """Compute the memory per device of an AdamW training step, without and with activation checkpointing."""
     from ..memory import STRATEGIES, training_memory
 
     config = find_config(model)
@@ -64,6 +64,6 @@ def _print_rows(title: str, rows: list[dict[str, Any]]) -> None:
         f"{strategy}: {STRATEGIES[strategy].explanation}" for strategy in dict.fromkeys(row["strategy"] for row in rows)
     )
     columns: list[str | Column] = ["strategy", "checkpointing", *(Column(part, justify="right") for part in parts)]
-    # Narrow enough for 80 columns: the unit once, and nothing between the columns.
+    # Fits 80 columns: the unit is in the title only, and columns have no separators.
     style = {"box": SIMPLE_HEAD, "padding": (0, 1, 0, 0), "pad_edge": False}
     print_table(f"{title}, in {unit}", columns, cells, caption, **style)

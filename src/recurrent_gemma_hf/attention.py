@@ -224,7 +224,7 @@ def check_attention(config: RecurrentGemmaConfig, mask: InputMask, T: int, has_c
     if (hidden if hidden.dtype == torch.bool else hidden > torch.finfo(hidden.dtype).min / 2).any():
         raise ValueError(
             f"the 4D attention_mask shows keys that the cache no longer holds: it keeps the last {K - T} "
-            "(attention_window_size); hide the earlier ones"
+            "(attention_window_size); mask the earlier ones"
         )
 
 
@@ -237,7 +237,7 @@ def check_flash(columns: Columns, window: int, has_past: bool) -> None:
         is_apart = is_apart & columns.is_token
     if is_apart.any():
         raise ValueError(
-            "flash attention keeps packed documents apart only in one row and without a cache; use "
+            "flash attention separates packed documents only in one row and without a cache; use "
             "attn_implementation='sdpa' or 'flex_attention'"
         )
 

@@ -446,12 +446,12 @@ class RecurrentGemmaCache(Cache):
             if kind == cls.__name__:
                 raise ValueError(
                     f"this {kind} was filled by another copy of the code ({type(cache).__module__}, the model's is "
-                    f"{cls.__module__}): read the text with one of the two alone, or save() it and load() it here"
+                    f"{cls.__module__}); use one copy for the whole text, or save() it and load() it here"
                 )
             raise ValueError(
                 f"this {kind} already holds keys or states that RecurrentGemma did not write; give an empty one, or a "
-                "RecurrentGemmaCache that this model has filled (PEFT's prefix tuning brings keys, of which recurrent "
-                "layers have none: LoRA and prompt tuning work)"
+                "RecurrentGemmaCache that this model has filled (PEFT's prefix tuning inserts keys, which recurrent "
+                "layers do not have; LoRA and prompt tuning work)"
             )
         is_static = isinstance(cache, StaticCache)
         vars(cache).clear()

@@ -72,8 +72,8 @@ class RecurrentGemmaGenerationMixin(GenerationMixin):
             if mask is None or mask.shape[1] - seen > size:
                 logger.warning_once(
                     f"prefill_chunk_size={size}: this Transformers prefills in chunks only without a cache; with one "
-                    "it prefills at once, with the same text and more memory. Transformers 5.21 can go on from one in "
-                    "chunks."
+                    "it prefills in one forward, which gives the same text and needs more memory. To continue from a "
+                    "cache in chunks, upgrade to Transformers 5.21 or newer."
                 )
             size = generation_config.prefill_chunk_size = None
         if mask is None or mask.ndim != 2 or mask.shape[1] <= seen:
@@ -93,8 +93,8 @@ class RecurrentGemmaGenerationMixin(GenerationMixin):
         mask = model_kwargs.get("attention_mask")
         if mask is not None and mask.ndim == 2 and not mask[:, -1].all():
             raise ValueError(
-                "padding on the right does not go with assisted and prompt-lookup decoding: drafts follow the last "
-                "column; leave the padding out, or pad on the left; if these pad tokens are text, pass an "
+                "padding on the right cannot be used with assisted and prompt-lookup decoding, whose drafts follow the "
+                "last column; leave the padding out, or pad on the left; if these pad tokens are text, pass an "
                 "attention_mask of ones"
             )
 

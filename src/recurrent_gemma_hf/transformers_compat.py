@@ -123,7 +123,7 @@ def one_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | Non
         ValueError: two different caches, or an object that is not a Cache (a tuple of tensors, as in Transformers 4).
     """
     if cache is not None and past_key_values is not None and cache is not past_key_values:
-        raise ValueError("cache and past_key_values are two names of one argument, and two caches came; give one")
+        raise ValueError("cache and past_key_values are two names of one argument, but are different caches; give one")
     name, given = ("past_key_values", past_key_values) if cache is None else ("cache", cache)
     if given is not None and not isinstance(given, Cache):
         raise ValueError(f"{name} is a {type(given).__name__}; it must be a Cache, best a RecurrentGemmaCache")

@@ -82,7 +82,7 @@ def cut_segments(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, wante
     """
     if tokenizer.bos_token_id is None:
         raise ValueError(
-            "the tokenizer has no beginning-of-sequence token; the model has never seen a text without one"
+            "the tokenizer has no beginning-of-sequence token, which begins every text; use the model's own tokenizer"
         )
     longest = 0
     rows: list[torch.Tensor] = []

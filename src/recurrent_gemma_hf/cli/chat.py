@@ -14,11 +14,11 @@ from .shared import DeviceOption, DtypeOption, ModelOption, Problem, load, note,
 if TYPE_CHECKING:
     from .conversation import Conversation
 
-MaxNewTokensOption = Annotated[int, typer.Option(help="Stop after so many new tokens.")]
-TemperatureOption = Annotated[float | None, typer.Option(help="Above 1 bolder, below 1 safer.")]
-TopKOption = Annotated[int | None, typer.Option(help="Choose among the K likeliest tokens; 0 for all.")]
-TopPOption = Annotated[float | None, typer.Option(help="Choose among the likeliest tokens of total probability P.")]
-SeedOption = Annotated[int | None, typer.Option(help="The same seed writes the same text.")]
+MaxNewTokensOption = Annotated[int, typer.Option(help="Generate at most this many tokens.")]
+TemperatureOption = Annotated[float | None, typer.Option(help="Temperature: above 1 more random, below 1 less.")]
+TopKOption = Annotated[int | None, typer.Option(help="Sample from the K likeliest tokens; 0 for all.")]
+TopPOption = Annotated[float | None, typer.Option(help="Sample from the likeliest tokens of total probability P.")]
+SeedOption = Annotated[int | None, typer.Option(help="Sampling seed: the same seed gives the same text.")]
 GreedyOption = Annotated[bool, typer.Option("--greedy", help="Always take the likeliest token.")]
 RawOption = Annotated[bool, typer.Option("--raw", help="Continue the text as it is: no chat template.")]
 

@@ -53,12 +53,12 @@ def _kept(records: Iterable[dict[str, Any]], output: Path | None, **about: Any) 
 @reported(ValueError)
 def position(
     text: Annotated[list[Path], typer.Option(help="A text file; repeat for several documents.")],
-    length: Annotated[int, typer.Option(help="Positions to measure; a document is cut into segments of it.")],
+    length: Annotated[int, typer.Option(help="Tokens per segment; documents are cut into segments.")],
     model: ModelOption = None,
     part: Annotated[str, typer.Option(help="Use only this part of each text; 0.9:1 is its last tenth.")] = "0:1",
-    segments: Annotated[int | None, typer.Option(help="At most so many segments; all there are by default.")] = None,
-    bins_per_octave: Annotated[int, typer.Option(help="Points between a position and its double.")] = 2,
-    output: Annotated[Path | None, typer.Option(help="Append to these JSON lines; the figure shows all.")] = None,
+    segments: Annotated[int | None, typer.Option(help="Number of segments; all by default.")] = None,
+    bins_per_octave: Annotated[int, typer.Option(help="Bins from a position to its double.")] = 2,
+    output: Annotated[Path | None, typer.Option(help="Append to this file of JSON lines; --figure shows all.")] = None,
     figure: FigureOption = None,
     dtype: DtypeOption = "auto",
     device: DeviceOption = None,
@@ -98,11 +98,9 @@ def retrieval(
     sizes: Annotated[
         str, typer.Option(help="Blocks of filler (passkey) or entries (phonebook), comma-separated.")
     ] = "10,30,100,300",
-    depths: Annotated[
-        str, typer.Option(help="Where the needle lies: 0 the beginning, 1 the end.")
-    ] = "0,0.25,0.5,0.75,1",
+    depths: Annotated[str, typer.Option(help="Depth of the needle: 0 the beginning, 1 the end.")] = "0,0.25,0.5,0.75,1",
     repeats: Annotated[int, typer.Option(help="Prompts per size and depth.")] = 20,
-    seed: Annotated[int, typer.Option(help="The same seed asks the same questions.")] = 0,
+    seed: Annotated[int, typer.Option(help="The same seed makes the same prompts.")] = 0,
     dtype: DtypeOption = "auto",
     device: DeviceOption = None,
 ) -> None:
@@ -129,10 +127,10 @@ def harness(context: typer.Context) -> None:
 @reported(ValueError)
 def throughput(
     model: ModelOption = None,
-    prompt: Annotated[int, typer.Option(help="Tokens to read before the first one is written.")] = 2048,
-    tokens: Annotated[int, typer.Option(help="Tokens to write.")] = 32_768,
-    every: Annotated[int, typer.Option(help="Measure after so many tokens.")] = 1024,
-    batch_size: Annotated[int, typer.Option(help="Texts at once.")] = 1,
+    prompt: Annotated[int, typer.Option(help="Tokens to prefill.")] = 2048,
+    tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 32_768,
+    every: Annotated[int, typer.Option(help="Tokens per measurement.")] = 1024,
+    batch_size: Annotated[int, typer.Option(help="Rows of the batch.")] = 1,
     alone: Annotated[bool, typer.Option("--alone", help="Leave out the transformer of equal size.")] = False,
     output: OutputOption = None,
     figure: FigureOption = None,

@@ -16,10 +16,10 @@ def memory(
     strategy: Annotated[
         str | None, typer.Option(help="full-fp32, full-amp, full-bf16, lora or qlora; all of them by default.")
     ] = None,
-    tokens: Annotated[int, typer.Option(help="Length of a row.")] = 8192,
-    batch_size: Annotated[int, typer.Option(help="Rows on each device.")] = 1,
-    devices: Annotated[int, typer.Option(help="Sharded over so many (FSDP).")] = 1,
-    rank: Annotated[int, typer.Option(help="Of the adapters.")] = 16,
+    tokens: Annotated[int, typer.Option(help="Tokens per row.")] = 8192,
+    batch_size: Annotated[int, typer.Option(help="Rows per device.")] = 1,
+    devices: Annotated[int, typer.Option(help="Devices over which FSDP shards the weights.")] = 1,
+    rank: Annotated[int, typer.Option(help="Rank of the adapters.")] = 16,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per line instead of a table.")] = False,
 ) -> None:
     """Compute the memory per device of an AdamW training step, without and with activation checkpointing."""

@@ -33,9 +33,9 @@ ConfigOption = Annotated[
     typer.Option("--model", "-m", help="A checkpoint folder, a Hub id or a preset such as recurrentgemma-2b."),
 ]
 DtypeOption = Annotated[
-    str, typer.Option(help="auto, float32 or bfloat16. auto is the checkpoint's, where this CPU is fast in it.")
+    str, typer.Option(help="auto, float32 or bfloat16. auto: the checkpoint's, or float32 where bfloat16 is emulated.")
 ]
-DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps, ...; the fastest here by default.")]
+DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps, ...; the accelerator by default.")]
 
 
 class Problem(Exception):

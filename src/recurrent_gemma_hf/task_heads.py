@@ -38,7 +38,7 @@ def _last_token(
     return last_true(tokens)
 
 
-def _of_the_batch(
+def _scale_to_batch(
     loss: torch.Tensor, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None
 ) -> torch.Tensor:
     """Scale the mean loss of a micro-batch to its share of the mean over all `num_items_in_batch` labels of the batch.
@@ -92,7 +92,7 @@ class RecurrentGemmaForSequenceClassification(RecurrentGemmaPreTrainedModel):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)
-            loss = _of_the_batch(loss, labels, num_items_in_batch)
+            loss = _scale_to_batch(loss, labels, num_items_in_batch)
         return RecurrentGemmaSequenceClassifierOutput(
             loss=loss,
             logits=logits,
@@ -132,7 +132,7 @@ class RecurrentGemmaForTokenClassification(RecurrentGemmaPreTrainedModel):
         )  # fmt: skip
         logits, loss = self.score(outputs.last_hidden_state), None
         if labels is not None:
-            loss = _of_the_batch(self.loss_function(logits, labels, self.config), labels, num_items_in_batch)
+            loss = _scale_to_batch(self.loss_function(logits, labels, self.config), labels, num_items_in_batch)
         return TokenClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
@@ -170,7 +170,7 @@ class RecurrentGemmaForQuestionAnswering(RecurrentGemmaPreTrainedModel):
         loss = None
         if start_positions is not None and end_positions is not None:
             loss = self.loss_function(start_logits, end_logits, start_positions, end_positions)
-            loss = _of_the_batch(loss, start_positions, num_items_in_batch)
+            loss = _scale_to_batch(loss, start_positions, num_items_in_batch)
         return QuestionAnsweringModelOutput(
             loss=loss,
             start_logits=start_logits,

@@ -75,12 +75,12 @@ def chat(
         if line == "/quit":
             return
         if line.startswith("/"):
-            note(_obey(conversation, line))
+            note(_execute(conversation, line))
         elif line:
             conversation.ask(line)
 
 
-def _obey(conversation: Conversation, line: str) -> str:
+def _execute(conversation: Conversation, line: str) -> str:
     """Execute a command of the chat and return the message for the user; no error ends the chat."""
     command, _, argument = line.partition(" ")
     path = Path(argument.strip()).expanduser()

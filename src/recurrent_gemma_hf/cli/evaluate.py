@@ -39,7 +39,7 @@ def _numbers(text: str, option: str, kind: type = int) -> tuple[Any, ...]:
         return tuple(kind(part) for part in text.split(","))
 
 
-def _kept(records: Iterable[dict[str, Any]], output: Path | None, **about: Any) -> Iterator[dict[str, Any]]:
+def _appended(records: Iterable[dict[str, Any]], output: Path | None, **about: Any) -> Iterator[dict[str, Any]]:
     """Append each record, with the fields `about`, to `output` if given, and then yield it."""
     from ..evaluation.records import append_record
 
@@ -112,7 +112,7 @@ def retrieval(
     records = measure(*load(model, dtype, device), task, *wanted, repeats, seed)
     rows = [
         (str(r["size"]), str(r["tokens"]), str(r["depth"]), f"{r['accuracy']:.0%}")
-        for r in _kept(records, output, model=model or DEMO, seed=seed, **provenance())
+        for r in _appended(records, output, model=model or DEMO, seed=seed, **provenance())
     ]
     print_table(f"{task}, {model or DEMO}", ("size", "tokens", "depth", "right"), rows)
 
@@ -147,7 +147,7 @@ def throughput(
         peer = transformer_of_equal_size(loaded.config)
         models["transformer of equal size"] = peer.to(device=loaded.device, dtype=loaded.dtype)
     measured = (measure(each, label, prompt, tokens, every, batch_size) for label, each in models.items())
-    records = list(_kept(chain.from_iterable(measured), output))
+    records = list(_appended(chain.from_iterable(measured), output))
     rows = [
         (r["label"], f"{r['length']:,}", f"{r['tokens_per_second']:.1f}", f"{r['cache_bytes'] / 1e6:.2f}")
         for r in records

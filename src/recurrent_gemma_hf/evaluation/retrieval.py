@@ -59,9 +59,9 @@ def phonebook_prompt(entries: int, depth: float | None, rng: random.Random) -> P
         name = " ".join("".join(rng.choices(SYLLABLES, k=2)).capitalize() for _ in range(2))
         names.setdefault(name, f"{rng.randrange(200, 1000)}-{rng.randrange(0, 10_000):04d}")
     lines = [f"{name}: {number}" for name, number in names.items()]
-    asked = rng.randrange(entries) if depth is None else round(depth * (entries - 1))
-    examples = rng.sample([line for place, line in enumerate(lines) if place != asked], 2)
-    name, number = lines[asked].split(": ")
+    target = rng.randrange(entries) if depth is None else round(depth * (entries - 1))
+    examples = rng.sample([line for place, line in enumerate(lines) if place != target], 2)
+    name, number = lines[target].split(": ")
     return Prompt("\n".join([*lines, "", *examples, f"{name}:"]), number)
 
 

@@ -601,7 +601,7 @@ class RecurrentGemmaCache(Cache):
         if count < 0:
             raise ValueError(f"crop({tokens_to_remove}): give the number of tokens to remove as a negative number")
         if count > progress.recorded:
-            hint = "call activate_past_recording() before the forward whose tokens you want to take back"
+            hint = "call activate_past_recording() before the forward whose tokens are to be removed"
             if self.is_recording:
                 hint = f"only the tokens since the last crop, at most max_rollback={self.max_rollback}, are kept"
             raise ValueError(f"crop({tokens_to_remove}): {progress.recorded} tokens are recorded; {hint}")

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from .configuration_recurrent_gemma import RecurrentGemmaConfig
 from .inputs import Columns, InputMask
 
-QUERY_BLOCK = 512  # queries per block of banded attention; the waste is block / window
+QUERY_BLOCK = 512  # queries per block of banded attention; the extra work is about block / window
 
 
 class AttentionMask(NamedTuple):
@@ -174,7 +174,7 @@ def with_backend_mask(
     batch_size: int,
     wants_probabilities: bool,
 ) -> AttentionMask:
-    """Return `attention` with the mask in the form that the attention implementation reads."""
+    """Return `attention` with the mask that the attention implementation reads, or marked for `attend_in_blocks`."""
     T, K = attention.max_lookback.shape[1], attention.key_index.shape[1]
     if mask_4d is not None:
         return attention._replace(backend_mask=mask_4d[..., mask_4d.shape[3] - K :])
@@ -224,7 +224,7 @@ def check_attention(config: RecurrentGemmaConfig, mask: InputMask, T: int, has_c
     if (hidden if hidden.dtype == torch.bool else hidden > torch.finfo(hidden.dtype).min / 2).any():
         raise ValueError(
             f"the 4D attention_mask shows keys that the cache no longer holds: it keeps the last {K - T} "
-            "(attention_window_size); hide the earlier ones"
+            "(attention_window_size); mask the earlier ones"
         )
 
 
@@ -237,7 +237,7 @@ def check_flash(columns: Columns, window: int, has_past: bool) -> None:
         is_apart = is_apart & columns.is_token
     if is_apart.any():
         raise ValueError(
-            "flash attention keeps packed documents apart only in one row and without a cache; use "
+            "flash attention separates packed documents only in one row and without a cache; use "
             "attn_implementation='sdpa' or 'flex_attention'"
         )
 

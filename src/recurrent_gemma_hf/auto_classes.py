@@ -49,7 +49,7 @@ def _enter_names(_: ModuleType) -> None:
 
 
 def register() -> None:
-    """Register with the modules of Transformers that are imported, and with the others when they are."""
+    """Register with the modules of Transformers, now or when they are imported."""
     wrapt.register_post_import_hook(_enter_config, "transformers.models.auto.configuration_auto")
     wrapt.register_post_import_hook(_enter_models, "transformers.models.auto.modeling_auto")
     for module in ("transformers", "transformers.processing_utils"):

@@ -1,4 +1,4 @@
-"""RecurrentGemmaCache: the only place where the state of a sequence lives.
+"""RecurrentGemmaCache: the only place that keeps the state of a sequence.
 
 Shapes: B batch, T tokens of this forward, D lru_width, G key/value heads, h head_dim, K conv1d_width,
 W attention_window_size, S = W + 1 slots of the key/value ring.
@@ -48,7 +48,7 @@ class _Progress:
         self.step_columns = 0  # T of the forward in progress
         self.step_lengths: torch.Tensor | None = None  # (B,) tokens of this forward per row; None: all T are tokens
         self.step_ends: torch.Tensor | None = None  # (B,) columns up to a row's last token, 0 without one; None: T
-        self.recorded = 0  # columns that crop() can take back
+        self.recorded = 0  # columns that crop() can remove
         self.recorded_mask: torch.Tensor | None = None  # (B, recorded) bool; None: no padding among them
 
     @property
@@ -74,7 +74,7 @@ class _Progress:
             self.columns += count
 
     def set_lengths(self, lengths_B: torch.Tensor) -> None:
-        """Allocate the counters; their addresses stay the same until the batch size changes."""
+        """Set the tokens seen per row, (B,) int64, and allocate the other counters at new addresses."""
         self.columns = self.columns  # adds what compiled steps have counted
         self.lengths, self.past_lengths = lengths_B, lengths_B.clone()
         self.compiled_columns = lengths_B.new_zeros(())
@@ -91,7 +91,7 @@ class _Progress:
 
 
 class _Tape:
-    """A record of the last `limit` entries along one dimension, per row, without padding, right-aligned."""
+    """A record of the last `limit` entries along one dimension; each row ends with its latest token."""
 
     def __init__(self, start: torch.Tensor, dim: int, limit: int) -> None:
         self.tensor, self.dim, self.limit = start, dim, limit
@@ -336,8 +336,8 @@ class RecurrentGemmaRecurrentLayer(_LayerMixin, LinearAttentionCacheLayerMixin):
             _mark_static(self.recurrent_states[0])
 
     def update_conv_state(self, conv_states: torch.Tensor, state_idx: int = 0, **kwargs: Any) -> torch.Tensor:
-        """Store the latest inputs of the convolution, (B, D, T), and return them with the K - 1 before them in front,
-        (B, D, K - 1 + T)."""
+        """Store the last K - 1 inputs of the convolution; return this forward's, (B, D, T), with the K - 1 earlier ones
+        in front, (B, D, K - 1 + T)."""
         if not self.is_conv_states_initialized[0]:
             self.lazy_initialization(conv_states=conv_states)
         past = self.conv_states[0]
@@ -359,7 +359,7 @@ class RecurrentGemmaRecurrentLayer(_LayerMixin, LinearAttentionCacheLayerMixin):
     def update_recurrent_state(
         self, recurrent_states: torch.Tensor, state_idx: int = 0, history: torch.Tensor | None = None, **kwargs: Any
     ) -> torch.Tensor:
-        """Store the state (B, D) after this forward; while recording, `history` (B, T, D) has that after each token."""
+        """Store and return the state (B, D) after this forward; recording needs `history` (B, T, D), all its states."""
         if not self.is_recurrent_states_initialized[0]:
             self.lazy_initialization(recurrent_states=recurrent_states)
         if self.record_past:
@@ -455,12 +455,12 @@ class RecurrentGemmaCache(Cache):
             if kind == cls.__name__:
                 raise ValueError(
                     f"this {kind} was filled by another copy of the code ({type(cache).__module__}, the model's is "
-                    f"{cls.__module__}): read the text with one of the two alone, or save() it and load() it here"
+                    f"{cls.__module__}); use one copy for the whole text, or save() it and load() it here"
                 )
             raise ValueError(
                 f"this {kind} already holds keys or states that RecurrentGemma did not write; give an empty one, or a "
-                "RecurrentGemmaCache that this model has filled (PEFT's prefix tuning brings keys, of which recurrent "
-                "layers have none: LoRA and prompt tuning work)"
+                "RecurrentGemmaCache that this model has filled (PEFT's prefix tuning inserts keys, which recurrent "
+                "layers do not have; LoRA and prompt tuning work)"
             )
         is_static = isinstance(cache, StaticCache)
         vars(cache).clear()
@@ -573,7 +573,7 @@ class RecurrentGemmaCache(Cache):
 
     @property
     def is_compileable(self) -> bool:
-        """Tell generate() whether to compile the decoding step. Static or not, the tensors are the same."""
+        """Tell generate() whether to compile the decoding step. `static` changes nothing else."""
         return self.static
 
     @property
@@ -600,7 +600,7 @@ class RecurrentGemmaCache(Cache):
             layer.record_past = True
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove the last `-tokens_to_remove` columns; 0 only drops the record, which makes everything so far final.
+        """Remove the last `-tokens_to_remove` columns; 0 removes none. Those left can no longer be removed.
 
         Raises:
             ValueError: `tokens_to_remove` is positive, or more than was recorded since the last `crop`.
@@ -610,7 +610,7 @@ class RecurrentGemmaCache(Cache):
         if count < 0:
             raise ValueError(f"crop({tokens_to_remove}): give the number of tokens to remove as a negative number")
         if count > progress.recorded:
-            hint = "call activate_past_recording() before the forward whose tokens you want to take back"
+            hint = "call activate_past_recording() before the forward whose tokens are to be removed"
             if self.is_recording:
                 hint = f"only the tokens since the last crop, at most max_rollback={self.max_rollback}, are kept"
             raise ValueError(f"crop({tokens_to_remove}): {progress.recorded} tokens are recorded; {hint}")
@@ -676,7 +676,7 @@ class RecurrentGemmaCache(Cache):
     # --- Persistence ---
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write the state as safetensors (constant size for any length of text), atomically."""
+        """Write the state (not the record) as safetensors, in constant size, atomically; raise ValueError if empty."""
         if self.progress.lengths is None:
             raise ValueError("this cache is empty; run the model over a prompt before saving it")
         tensors = {
@@ -703,7 +703,7 @@ class RecurrentGemmaCache(Cache):
     def load(
         cls, path: str | os.PathLike, config: RecurrentGemmaConfig, device: torch.device | str = "cpu", **kwargs: Any
     ) -> RecurrentGemmaCache:
-        """Read what `save` wrote, for a model with this `config`; raise ValueError for any other file."""
+        """Return the cache that `save` wrote, for a model with this `config`; raise ValueError for any other file."""
         cache = cls(config, **kwargs)
         try:
             with safe_open(path, framework="pt", device=str(device)) as file:

@@ -316,8 +316,8 @@ class RecurrentGemmaConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Do as Transformers, and keep unknown keys of a file, with a warning: tools write their own into the config of
-        the model they train, and its checkpoint must load again."""
+        """Do as Transformers, but keep unknown keys with a warning: training tools add their own, and such a checkpoint
+        must load again. Raise ValueError for a derived field that contradicts the others."""
         fields = {field.name for field in dataclasses.fields(cls)} | _READ_BY_HAND
         unknown = cls._unknown(key for key in config_dict if key not in fields)
         config = super().from_dict({k: v for k, v in config_dict.items() if k not in unknown}, **kwargs)
@@ -371,7 +371,7 @@ class RecurrentGemmaConfig(PreTrainedConfig):
 
     @property
     def layer_types(self) -> list[str]:
-        """Return the same under the names that Transformers' caches and vLLM read."""
+        """Return `layers_block_type` under the names that Transformers' caches and vLLM read."""
         return [_LAYER_TYPES[block] for block in self.layers_block_type]
 
     @layer_types.setter
@@ -416,7 +416,7 @@ class RecurrentGemmaConfig(PreTrainedConfig):
 
 
 def fingerprint_of(fields: dict[str, Any]) -> str:
-    """Return the SHA-256 of what `RecurrentGemmaConfig.cache_fields` returned."""
+    """Return the SHA-256, in hex, of the result of `RecurrentGemmaConfig.cache_fields`."""
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""generate(): Transformers' own, with this model's cache, prompts padded on the right, and checks.
+"""Transformers' generate() with this model's cache, prompts padded on the right, and checks of the input.
 
 Shapes: B batch, T tokens of this forward.
 """
@@ -63,8 +63,8 @@ class RecurrentGemmaGenerationMixin(GenerationMixin):
 
     @staticmethod
     def _check_prefill(generation_config: Any, model_kwargs: dict[str, Any]) -> None:
-        """Raise ValueError for rows that end before the last forward of the prefill, since its logits are their
-        padding's. Turn chunks off if a cache has tokens and this Transformers cannot go on from it in chunks."""
+        """Raise ValueError for rows with only padding in the last forward of the prefill: it would give them the logits
+        of padding. Turn chunks off if the cache has tokens and this Transformers cannot continue from it in chunks."""
         size, mask = generation_config.prefill_chunk_size, model_kwargs.get("attention_mask")
         cache = model_kwargs.get(CACHE_NAME)
         seen = 0 if cache is None else cache.get_seq_length()
@@ -72,8 +72,8 @@ class RecurrentGemmaGenerationMixin(GenerationMixin):
             if mask is None or mask.shape[1] - seen > size:
                 logger.warning_once(
                     f"prefill_chunk_size={size}: this Transformers prefills in chunks only without a cache; with one "
-                    "it prefills at once, with the same text and more memory. Transformers 5.21 can go on from one in "
-                    "chunks."
+                    "it prefills in one forward, which gives the same text and needs more memory. To continue from a "
+                    "cache in chunks, upgrade to Transformers 5.21 or newer."
                 )
             size = generation_config.prefill_chunk_size = None
         if mask is None or mask.ndim != 2 or mask.shape[1] <= seen:
@@ -93,8 +93,8 @@ class RecurrentGemmaGenerationMixin(GenerationMixin):
         mask = model_kwargs.get("attention_mask")
         if mask is not None and mask.ndim == 2 and not mask[:, -1].all():
             raise ValueError(
-                "padding on the right does not go with assisted and prompt-lookup decoding: drafts follow the last "
-                "column; leave the padding out, or pad on the left; if these pad tokens are text, pass an "
+                "padding on the right cannot be used with assisted and prompt-lookup decoding, whose drafts follow the "
+                "last column; leave the padding out, or pad on the left; if these pad tokens are text, pass an "
                 "attention_mask of ones"
             )
 
@@ -108,7 +108,7 @@ class RecurrentGemmaGenerationMixin(GenerationMixin):
         return super()._prepare_attention_mask_for_generation(inputs_tensor, generation_config, model_kwargs)
 
     def _prepare_position_ids_for_generation(self, inputs_tensor: torch.Tensor, model_kwargs: dict[str, Any]) -> Any:
-        """Count tokens; padding on the right repeats the last position, so that the next token gets the next one."""
+        """Count tokens from 0; padding on the right repeats the last position, and the next token continues from it."""
         mask = model_kwargs.get("attention_mask")
         if mask is None or mask.ndim != 2:
             return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs)
@@ -125,7 +125,7 @@ class RecurrentGemmaGenerationMixin(GenerationMixin):
         **kwargs: Any,
     ) -> dict[str, Any]:
         """Do as Transformers; for prompts padded on the right, keep the logits of each row's last token."""
-        # The forward pass adopts it, or refuses it. Here it may be another library's around ours (PEFT's ShadowCache).
+        # Not adopted here: it may be another library's cache around ours (PEFT's ShadowCache). The forward pass does.
         mask, given = attention_mask, one_cache(cache, past_key_values)
         if given is not None and next_sequence_length is None:
             next_sequence_length = unread_columns(given, input_ids, mask)
@@ -138,8 +138,8 @@ class RecurrentGemmaGenerationMixin(GenerationMixin):
             **kwargs,
         )
         if given is not None:
-            # Under the old name alone, on every release: PEFT's prompt tuning, prefix tuning and ShadowPEFT read it and
-            # replace what it holds.
+            # Only under the old name, on every release: PEFT's prompt tuning, prefix tuning and ShadowPEFT read and
+            # replace that argument.
             model_inputs["past_key_values"] = model_inputs.pop(CACHE_NAME)
         new = model_inputs["input_ids"] if model_inputs.get("input_ids") is not None else model_inputs["inputs_embeds"]
         T = new.shape[1]

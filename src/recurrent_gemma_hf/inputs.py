@@ -1,4 +1,4 @@
-"""Check the caller's masks, positions and documents, and convert them to what the model computes with.
+"""Check the caller's masks, positions and documents, and convert them for the layers.
 
 Shapes: B batch, T tokens of this forward, E hidden_size, H heads, K keys.
 """
@@ -18,7 +18,7 @@ class InputMask(NamedTuple):
     """The caller's attention_mask, checked and split by kind."""
 
     is_token: torch.Tensor | None  # (B, T) bool of this forward's columns; None: no padding
-    mask_4d: torch.Tensor | None  # 4D
+    mask_4d: torch.Tensor | None  # (B or 1, H or 1, T, K or more), bool or added to the scores
     seen: int  # columns before this forward
 
     @staticmethod
@@ -74,7 +74,7 @@ class Columns(NamedTuple):
     ) -> tuple[torch.Tensor, Columns]:
         """Return x with zeros at padding, compacted in rows with gaps, and its columns.
 
-        `start` is the number of tokens before this forward, (B, 1) or an int. `keeps_state`: a cache will continue.
+        `start` is the number of tokens before this forward, (B, 1) or an int. `keeps_state`: a cache keeps the state.
         """
         (B, T), restore = x_BTE.shape[:2], None
         if is_token is not None and T > 1:
@@ -212,9 +212,9 @@ def check_positions(position_ids: torch.Tensor, is_token_BT: torch.Tensor | None
 
 
 def is_counted(position_BT: torch.Tensor, token_index_BT: torch.Tensor, is_token_BT: torch.Tensor | None) -> bool:
-    """Tell whether positions are those of a single document, as generate() passes them, so that nothing is masked.
+    """Tell whether positions (B or 1, T) equal token indices, as in a single document, so that nothing is masked.
 
-    False, without a check, for one token, and on a GPU in training, where reading them would synchronise.
+    Return False, without a check, for one token, and on a GPU in training, where reading them would synchronise.
     """
     if position_BT.shape[1] == 1 or not can_read_back(position_BT):
         return False
@@ -262,7 +262,7 @@ def select_columns(x_BTE: torch.Tensor, which: torch.Tensor | int) -> torch.Tens
 
 
 def selected(output_hidden_states: bool | int | list[int], count: int) -> set[int]:
-    """Return the indices of the hidden states to return, of `count`: all, none, or the given ones.
+    """Return which of `count` hidden states to return: all, none, or the given indices, negative ones from the end.
 
     Raises:
         ValueError: an index is out of range.

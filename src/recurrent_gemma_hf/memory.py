@@ -1,8 +1,8 @@
 """Memory of a training step: weights, gradients, optimizer and activations, computed without allocating them.
 
-Activations do not come from a formula: the model itself, with its adapters, runs forward on the meta device, and the
-tensors that autograd saves are added up. Comments mark the terms that are formulas. benchmarks/memory.py compares the
-result with the allocator.
+Activations are counted: the model, with its adapters, runs a forward pass on the meta device, and the sizes of the
+tensors that autograd saves are added up. The effects of checkpointing and autocast on them, and all other terms, are
+formulas. benchmarks/memory.py compares the result with the allocator.
 
 Shapes: B batch, T tokens, E hidden_size, V vocabulary.
 """
@@ -59,7 +59,7 @@ class TrainingMemory:
     activations: int  # kept from the forward pass for the backward pass
     loss: int  # blocks of logits and the gradient of the head, while the loss is computed
     gathered: int  # weights that FSDP gathers temporarily
-    peak: int  # of one step; less than the sum, since not all of it exists at a time
+    peak: int  # of one step; less than the sum, because not all of it exists at once
 
 
 def training_memory(
@@ -127,7 +127,7 @@ def _on_meta(config: RecurrentGemmaConfig, how: Strategy, rank: int) -> Recurren
 
         # In the activations' dtype, as under autocast; their float32 weights are counted separately.
         lora = LoraConfig(r=rank, target_modules=list(LINEAR_LAYERS))
-        with warnings.catch_warnings():  # peft asks Transformers 5.23 for something under its old name
+        with warnings.catch_warnings():  # peft uses a deprecated name of Transformers 5.23
             warnings.simplefilter("ignore", FutureWarning)
             return get_peft_model(model, lora).to(how.compute_dtype)
 
@@ -157,7 +157,7 @@ class _FusedAttention(TorchFunctionMode):
 def _kept_for_backward(model: nn.Module) -> Iterator[dict[Any, int]]:
     """Collect the storages that autograd saves, except those of the weights."""
     kept: dict[Any, int] = {}
-    alive: list[Tensor] = []  # a freed storage's address would be given to another
+    alive: list[Tensor] = []  # kept, because the address of a freed storage is reused
     weights = {p.untyped_storage()._cdata for p in model.parameters()}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -172,7 +172,7 @@ def _kept_for_backward(model: nn.Module) -> Iterator[dict[Any, int]]:
 
 
 def _activations(model: nn.Module, batch_size: int, tokens: int) -> tuple[list[int], int]:
-    """Return the bytes saved for the backward pass, by each layer and by everything else."""
+    """Return the bytes saved for the backward pass: of each layer, and of the rest of the model."""
     layers = next(module for name, module in model.named_modules() if name.endswith("model.layers"))
     per_layer: list[int] = []
     ids = torch.zeros(batch_size, tokens, dtype=torch.long, device="meta")

@@ -15,7 +15,7 @@ LINEAR_LAYERS = [
 ]  # fmt: skip
 
 # Gemma's modules and those with the same role in our attention and recurrent layers: the recurrence sums linear_x as
-# attention sums values, and linear_y decides per token what is read of it, as a query does.
+# attention sums values, and linear_y gates per token what is read from it, as a query does.
 _OF_GEMMA = {
     "q_proj": ("q_proj", "linear_y"),
     "k_proj": ("k_proj",),
@@ -31,7 +31,7 @@ _OF_GEMMA = {
 
 
 def _enter(constants: ModuleType) -> None:
-    """Add our modules to each table: all linear layers where Gemma has LoRA's default, else the corresponding ones."""
+    """Add our modules to each table: all linear layers where Gemma has its LoRA default, else those in `_OF_GEMMA`."""
     lora = constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING["gemma"]
     for table in vars(constants).values():
         gemma = table.get("gemma") if isinstance(table, dict) else None
@@ -41,5 +41,5 @@ def _enter(constants: ModuleType) -> None:
 
 
 def register() -> None:
-    """Add the defaults if PEFT is imported, else when it is."""
+    """Add the defaults to PEFT's tables, now or when PEFT is imported."""
     wrapt.register_post_import_hook(_enter, "peft.utils.constants")

@@ -24,7 +24,7 @@ from .transformers_compat import (
 def _last_token(
     config: RecurrentGemmaConfig, input_ids: torch.Tensor | None, attention_mask: torch.Tensor | None, B: int, T: int
 ) -> torch.Tensor | None:
-    """Return the column of each row's last token, (B, 1); None, for one row, if nothing identifies padding."""
+    """Return the column of each row's last token, (B, 1); without a sign of padding, None for one row, else raise."""
     if attention_mask is not None and attention_mask.ndim == 2:
         tokens = attention_mask[:, -T:].bool()
     elif input_ids is not None and config.pad_token_id is not None:
@@ -38,12 +38,12 @@ def _last_token(
     return last_true(tokens)
 
 
-def _of_the_batch(
+def _scale_to_batch(
     loss: torch.Tensor, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None
 ) -> torch.Tensor:
-    """Scale the mean over these labels to its share of the mean over all labels of an accumulated batch.
+    """Scale the mean loss of a micro-batch to its share of the mean over all `num_items_in_batch` labels of the batch.
 
-    Trainer counts those (`num_items_in_batch`) and adds up the losses of the micro-batches.
+    Trainer counts these labels and sums the losses of the micro-batches.
     """
     if num_items_in_batch is None:
         return loss
@@ -92,7 +92,7 @@ class RecurrentGemmaForSequenceClassification(RecurrentGemmaPreTrainedModel):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)
-            loss = _of_the_batch(loss, labels, num_items_in_batch)
+            loss = _scale_to_batch(loss, labels, num_items_in_batch)
         return RecurrentGemmaSequenceClassifierOutput(
             loss=loss,
             logits=logits,
@@ -132,7 +132,7 @@ class RecurrentGemmaForTokenClassification(RecurrentGemmaPreTrainedModel):
         )  # fmt: skip
         logits, loss = self.score(outputs.last_hidden_state), None
         if labels is not None:
-            loss = _of_the_batch(self.loss_function(logits, labels, self.config), labels, num_items_in_batch)
+            loss = _scale_to_batch(self.loss_function(logits, labels, self.config), labels, num_items_in_batch)
         return TokenClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
@@ -170,7 +170,7 @@ class RecurrentGemmaForQuestionAnswering(RecurrentGemmaPreTrainedModel):
         loss = None
         if start_positions is not None and end_positions is not None:
             loss = self.loss_function(start_logits, end_logits, start_positions, end_positions)
-            loss = _of_the_batch(loss, start_positions, num_items_in_batch)
+            loss = _scale_to_batch(loss, start_positions, num_items_in_batch)
         return QuestionAnsweringModelOutput(
             loss=loss,
             start_logits=start_logits,

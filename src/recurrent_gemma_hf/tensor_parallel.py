@@ -1,8 +1,8 @@
-"""Tensor parallelism: the sharding styles that Transformers lacks for this model, see `config.base_model_tp_plan`.
+"""Tensor parallelism: the sharding styles of `config.base_model_tp_plan` that Transformers lacks, registered on import.
 
-Each rank computes some of the heads. In recurrent layers too a head is a slice of channels: the gates are
-block-diagonal with one block per head, and convolution and recurrence are per channel, so ranks do not communicate
-between `linear_x` and `linear_out`. Caches hold the rank's own channels and the one key/value head.
+Each rank computes some of the heads. A head of a recurrent layer is a slice of channels: the gates are block-diagonal
+with one block per head, and convolution and recurrence are per channel, so ranks do not communicate between `linear_x`
+and `linear_out`. Caches hold the rank's own channels and the one key/value head.
 
 Shapes: B batch, T tokens, D lru_width, H heads, d = D / H, K conv1d_width, G key/value heads, h head_dim.
 """
@@ -19,7 +19,7 @@ from .transformers_compat import ALL_PARALLEL_STYLES, TensorParallelLayer
 
 
 def check_tensor_parallel(config: RecurrentGemmaConfig, ranks: int) -> None:
-    """Raise ValueError, with the values, if this model cannot be split over `ranks`."""
+    """Raise ValueError, with the values, if this model cannot be split evenly over `ranks` processes."""
     what = f"tensor parallelism over {ranks} ranks"
     for name, size in (
         ("num_attention_heads", config.num_attention_heads),

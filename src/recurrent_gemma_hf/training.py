@@ -36,7 +36,7 @@ def parameter_groups(model: nn.Module, weight_decay: float = 0.1) -> list[dict[s
 
     Args:
         model: any model of this package, also wrapped (PEFT, DDP, FSDP, torch.compile).
-        weight_decay: that of the linear layers' weights and the convolution's taps.
+        weight_decay: the decay of the linear layers' weights and the convolution's taps.
 
     Raises:
         ValueError: weight_decay is negative, or no parameter is trainable.
@@ -55,8 +55,8 @@ def parameter_groups(model: nn.Module, weight_decay: float = 0.1) -> list[dict[s
 
 
 class GriffinTrainerMixin:
-    """Mixin with which a Trainer decays only `decayed_parameter_names`, also under FSDP and DeepSpeed, where Trainer
-    has to make the optimizer:
+    """Mixin for a Trainer that decays only `decayed_parameter_names`, also under FSDP and DeepSpeed, where Trainer must
+    make the optimizer:
 
         class GriffinTrainer(GriffinTrainerMixin, Trainer): ...  # or trl's SFTTrainer, DPOTrainer
     """

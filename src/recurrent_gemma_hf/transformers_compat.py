@@ -123,7 +123,7 @@ def one_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | Non
         ValueError: two different caches, or an object that is not a Cache (a tuple of tensors, as in Transformers 4).
     """
     if cache is not None and past_key_values is not None and cache is not past_key_values:
-        raise ValueError("cache and past_key_values are two names of one argument, and two caches came; give one")
+        raise ValueError("cache and past_key_values are two names of one argument, but are different caches; give one")
     name, given = ("past_key_values", past_key_values) if cache is None else ("cache", cache)
     if given is not None and not isinstance(given, Cache):
         raise ValueError(f"{name} is a {type(given).__name__}; it must be a Cache, best a RecurrentGemmaCache")
@@ -131,7 +131,7 @@ def one_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | Non
 
 
 class _BothCacheNames:
-    """Mixin for outputs that have the cache under both names: as argument, attribute, key, in get() and `in`."""
+    """Mixin for outputs with the cache under both names, as argument, attribute and key, in get() and `in`."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         if _OTHER_CACHE_NAME in kwargs:
@@ -215,8 +215,8 @@ class _GenerateBeamOutput(_BothCacheNames, GenerateBeamDecoderOnlyOutput):
 def unread_columns(cache: Cache, input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> int | None:
     """Return the number of columns that the cache has not read, if generate() passes the whole text again.
 
-    When assisted decoding continues from a cache, it does so without `next_sequence_length` (5.17 to 5.24). None:
-    `input_ids` (B, T) are only the new columns, or the cache is empty.
+    Assisted decoding continues from a cache without `next_sequence_length` (5.17 to 5.24). Return None if `input_ids`
+    (B, T) are only the new columns or the cache is empty.
     """
     seen = cache.get_seq_length()
     is_whole = attention_mask is not None and attention_mask.shape[1] == input_ids.shape[1] > seen > 0

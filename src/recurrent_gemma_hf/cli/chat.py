@@ -14,11 +14,11 @@ from .shared import DeviceOption, DtypeOption, ModelOption, Problem, load, note,
 if TYPE_CHECKING:
     from .conversation import Conversation
 
-MaxNewTokensOption = Annotated[int, typer.Option(help="Stop after so many new tokens.")]
-TemperatureOption = Annotated[float | None, typer.Option(help="Above 1 bolder, below 1 safer.")]
-TopKOption = Annotated[int | None, typer.Option(help="Choose among the K likeliest tokens; 0 for all.")]
-TopPOption = Annotated[float | None, typer.Option(help="Choose among the likeliest tokens of total probability P.")]
-SeedOption = Annotated[int | None, typer.Option(help="The same seed writes the same text.")]
+MaxNewTokensOption = Annotated[int, typer.Option(help="Generate at most this many tokens.")]
+TemperatureOption = Annotated[float | None, typer.Option(help="Temperature: above 1 more random, below 1 less.")]
+TopKOption = Annotated[int | None, typer.Option(help="Sample from the K likeliest tokens; 0 for all.")]
+TopPOption = Annotated[float | None, typer.Option(help="Sample from the likeliest tokens of total probability P.")]
+SeedOption = Annotated[int | None, typer.Option(help="Sampling seed: the same seed gives the same text.")]
 GreedyOption = Annotated[bool, typer.Option("--greedy", help="Always take the likeliest token.")]
 RawOption = Annotated[bool, typer.Option("--raw", help="Continue the text as it is: no chat template.")]
 
@@ -38,11 +38,11 @@ def generate(
     dtype: DtypeOption = "auto",
     device: DeviceOption = None,
 ) -> None:
-    """Continue PROMPT, or answer it where the model is instruction-tuned, writing as the text comes."""
+    """Continue PROMPT, or answer it if the model is instruction-tuned. Tokens are printed as they come."""
     settings = _generation_settings(max_new_tokens, temperature, top_k, top_p, greedy)
     text = _read_prompt(prompt)
     conversation = _begin(model, dtype, device, settings, raw, seed)
-    # A continuation reads on from its prompt, so the prompt is printed too; an answer stands alone.
+    # A continuation is read together with its prompt, so that is printed too; an answer is printed alone.
     note(conversation.ask(text, echo=not conversation.has_template))
 
 
@@ -58,7 +58,7 @@ def chat(
     dtype: DtypeOption = "auto",
     device: DeviceOption = None,
 ) -> None:
-    """Talk to a model. The state of the conversation has a constant size, however long the talk."""
+    """Chat with a model. The state of a conversation has a constant size at any length."""
     settings = _generation_settings(max_new_tokens, temperature, top_k, top_p, greedy)
     conversation = _begin(model, dtype, device, settings, raw, seed)
     interactive = sys.stdin.isatty()
@@ -75,12 +75,12 @@ def chat(
         if line == "/quit":
             return
         if line.startswith("/"):
-            note(_obey(conversation, line))
+            note(_execute(conversation, line))
         elif line:
             conversation.ask(line)
 
 
-def _obey(conversation: Conversation, line: str) -> str:
+def _execute(conversation: Conversation, line: str) -> str:
     """Execute a command of the chat and return the message for the user; no error ends the chat."""
     command, _, argument = line.partition(" ")
     if command == "/reset":
@@ -105,7 +105,7 @@ def _read_prompt(prompt: str | None) -> str:
         if sys.stdin.isatty():
             raise Problem('no prompt; give one (recurrent-gemma generate "Once upon a time") or pipe a text in')
         prompt = _read_stdin(sys.stdin.read).removesuffix("\n")
-    elif any("\ud800" <= character <= "\udfff" for character in prompt):  # how Python passes on undecodable bytes
+    elif any("\ud800" <= character <= "\udfff" for character in prompt):  # how Python represents undecodable bytes
         raise Problem("the prompt is not UTF-8; convert it, for instance with iconv")
     if not prompt.strip():
         raise Problem("the prompt is empty; give at least one word")
@@ -120,7 +120,7 @@ def _read_stdin(read: Callable[[], str]) -> str:
 def _generation_settings(
     max_new_tokens: int, temperature: float | None, top_k: int | None, top_p: float | None, greedy: bool
 ) -> dict[str, Any]:
-    """Return the arguments of `model.generate`; the checkpoint's generation_config.json decides the rest."""
+    """Return the arguments of `model.generate`, or raise a Problem; generation_config.json sets the others."""
     if max_new_tokens < 1:
         raise Problem(f"--max-new-tokens is {max_new_tokens}; give 1 or more")
     if temperature is not None and not 0 < temperature < float("inf"):

@@ -1,6 +1,6 @@
 """A conversation: a model, its tokenizer and one cache of constant size.
 
-The commands import this file when a conversation begins: unlike theirs, its head imports torch and Transformers.
+The commands import this file only when a conversation begins, because it imports torch and Transformers at its top.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Conversation:
         self.pending: list[int] = []
 
     def ask(self, text: str, *, echo: bool = False) -> str:
-        """Stream the answer to `text` to stdout, with `echo` after `text` itself; return a line about the speed."""
+        """Stream the answer to `text` to stdout, preceded by `text` if `echo`; return a line about the speed."""
         past = self.cache.get_seq_length()
         new = self.pending + self._encode(text)
         meter = Meter(self.tokenizer, echo)
@@ -64,7 +64,7 @@ class Conversation:
         return meter.report()
 
     def save(self, path: Path) -> None:
-        """Write the state to `path`, in constant size."""
+        """Run the model over the pending token and write the cache to `path`, in constant size."""
         if self.pending:
             with torch.no_grad():
                 pending = torch.tensor([self.pending], device=self.model.device)
@@ -93,7 +93,7 @@ class Conversation:
         question = {"role": "user", "content": text}
         if begins:
             return self.tokenizer.apply_chat_template([question], tokenize=False, add_generation_prompt=True)
-        # The cache holds the earlier turns, so an invented one serves to find what the template adds after an answer.
+        # The cache holds the earlier turns; an invented one shows what the template adds after an answer.
         answer = "an earlier answer"
         earlier = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
         turns = self.tokenizer.apply_chat_template([*earlier, question], tokenize=False, add_generation_prompt=True)
@@ -117,7 +117,7 @@ class Meter(TextStreamer):
         super().put(value)
 
     def report(self) -> str:
-        """Describe the time of the prompt and the tokens per second after the first."""
+        """Return a line with the time of the prompt, in seconds, and the tokens per second after the first."""
         start, first, last = self.times[0], self.times[1], self.times[-1]
         prompt = f"{self.prompt_tokens} prompt tokens in {first - start:.2f} s"
         written = len(self.times) - 1

@@ -39,8 +39,8 @@ def _numbers(text: str, option: str, kind: type = int) -> tuple[Any, ...]:
         return tuple(kind(part) for part in text.split(","))
 
 
-def _kept(records: Iterable[dict[str, Any]], output: Path | None, **about: Any) -> Iterator[dict[str, Any]]:
-    """Yield the records, each as soon as it is written to `output`, there together with `about`."""
+def _appended(records: Iterable[dict[str, Any]], output: Path | None, **about: Any) -> Iterator[dict[str, Any]]:
+    """Append each record, with the fields `about`, to `output` if given, and then yield it."""
     from ..evaluation.records import append_record
 
     for record in records:
@@ -53,18 +53,18 @@ def _kept(records: Iterable[dict[str, Any]], output: Path | None, **about: Any) 
 @reported(ValueError)
 def position(
     text: Annotated[list[Path], typer.Option(help="A text file; repeat for several documents.")],
-    length: Annotated[int, typer.Option(help="Positions to measure; a document is cut into segments of it.")],
+    length: Annotated[int, typer.Option(help="Tokens per segment; documents are cut into segments.")],
     model: ModelOption = None,
     part: Annotated[str, typer.Option(help="Use only this part of each text; 0.9:1 is its last tenth.")] = "0:1",
-    segments: Annotated[int | None, typer.Option(help="At most so many segments; all there are by default.")] = None,
-    bins_per_octave: Annotated[int, typer.Option(help="Points between a position and its double.")] = 2,
-    output: Annotated[Path | None, typer.Option(help="Append to these JSON lines; the figure shows all.")] = None,
+    segments: Annotated[int | None, typer.Option(help="Number of segments; all by default.")] = None,
+    bins_per_octave: Annotated[int, typer.Option(help="Bins from a position to its double.")] = 2,
+    output: Annotated[Path | None, typer.Option(help="Append to this file of JSON lines; --figure shows all.")] = None,
     figure: FigureOption = None,
     dtype: DtypeOption = "auto",
     device: DeviceOption = None,
 ) -> None:
     """Measure mean next-token loss by position, up to millions of tokens in constant memory."""
-    figures = import_extra("figures") if figure is not None else None  # not first missed after the measurement
+    figures = import_extra("figures") if figure is not None else None  # before the measurement, if it is missing
     from ..evaluation.position_loss import Wanted, measure, read_documents
     from ..evaluation.records import append_record, read_records
 
@@ -85,7 +85,7 @@ def position(
     )
     if output is not None:
         append_record(output, result)
-    if figures is not None:  # measurements in one file come into one figure
+    if figures is not None:  # the figure shows all measurements in the file
         figures.draw_positions([result] if output is None else read_records(output), figure)
 
 
@@ -98,11 +98,9 @@ def retrieval(
     sizes: Annotated[
         str, typer.Option(help="Blocks of filler (passkey) or entries (phonebook), comma-separated.")
     ] = "10,30,100,300",
-    depths: Annotated[
-        str, typer.Option(help="Where the needle lies: 0 the beginning, 1 the end.")
-    ] = "0,0.25,0.5,0.75,1",
+    depths: Annotated[str, typer.Option(help="Depth of the needle: 0 the beginning, 1 the end.")] = "0,0.25,0.5,0.75,1",
     repeats: Annotated[int, typer.Option(help="Prompts per size and depth.")] = 20,
-    seed: Annotated[int, typer.Option(help="The same seed asks the same questions.")] = 0,
+    seed: Annotated[int, typer.Option(help="The same seed makes the same prompts.")] = 0,
     dtype: DtypeOption = "auto",
     device: DeviceOption = None,
 ) -> None:
@@ -114,7 +112,7 @@ def retrieval(
     records = measure(*load(model, dtype, device), task, *wanted, repeats, seed)
     rows = [
         (str(r["size"]), str(r["tokens"]), str(r["depth"]), f"{r['accuracy']:.0%}")
-        for r in _kept(records, output, model=model or DEMO, seed=seed, **provenance())
+        for r in _appended(records, output, model=model or DEMO, seed=seed, **provenance())
     ]
     print_table(f"{task}, {model or DEMO}", ("size", "tokens", "depth", "right"), rows)
 
@@ -129,10 +127,10 @@ def harness(context: typer.Context) -> None:
 @reported(ValueError)
 def throughput(
     model: ModelOption = None,
-    prompt: Annotated[int, typer.Option(help="Tokens to read before the first one is written.")] = 2048,
-    tokens: Annotated[int, typer.Option(help="Tokens to write.")] = 32_768,
-    every: Annotated[int, typer.Option(help="Measure after so many tokens.")] = 1024,
-    batch_size: Annotated[int, typer.Option(help="Texts at once.")] = 1,
+    prompt: Annotated[int, typer.Option(help="Tokens to prefill.")] = 2048,
+    tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 32_768,
+    every: Annotated[int, typer.Option(help="Tokens per measurement.")] = 1024,
+    batch_size: Annotated[int, typer.Option(help="Rows of the batch.")] = 1,
     alone: Annotated[bool, typer.Option("--alone", help="Leave out the transformer of equal size.")] = False,
     output: OutputOption = None,
     figure: FigureOption = None,
@@ -149,7 +147,7 @@ def throughput(
         peer = transformer_of_equal_size(loaded.config)
         models["transformer of equal size"] = peer.to(device=loaded.device, dtype=loaded.dtype)
     measured = (measure(each, label, prompt, tokens, every, batch_size) for label, each in models.items())
-    records = list(_kept(chain.from_iterable(measured), output))
+    records = list(_appended(chain.from_iterable(measured), output))
     rows = [
         (r["label"], f"{r['length']:,}", f"{r['tokens_per_second']:.1f}", f"{r['cache_bytes'] / 1e6:.2f}")
         for r in records

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from .. import RecurrentGemmaConfig
 
-# The lengths at which a transformer's cache is compared.
+# The lengths, in tokens, for which a transformer's cache is computed for comparison.
 COMPARED_LENGTHS = (8 * 1024, 128 * 1024)
 
 
@@ -35,7 +35,7 @@ def info(
     dtype: DtypeOption = "auto",
     device: DeviceOption = None,
 ) -> None:
-    """Describe a model: its shape, its memory beside a transformer's, and what it computes with here."""
+    """Describe a model: shape, memory compared with a transformer's, and the device, dtype and backend here."""
     config = find_config(model)
     facts = {"model": model or DEMO, **_describe(config), **_describe_computation(config, dtype, device)}
     if as_json:

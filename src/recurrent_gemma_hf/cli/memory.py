@@ -16,13 +16,13 @@ def memory(
     strategy: Annotated[
         str | None, typer.Option(help="full-fp32, full-amp, full-bf16, lora or qlora; all of them by default.")
     ] = None,
-    tokens: Annotated[int, typer.Option(help="Length of a row.")] = 8192,
-    batch_size: Annotated[int, typer.Option(help="Rows on each device.")] = 1,
-    devices: Annotated[int, typer.Option(help="Sharded over so many (FSDP).")] = 1,
-    rank: Annotated[int, typer.Option(help="Of the adapters.")] = 16,
+    tokens: Annotated[int, typer.Option(help="Tokens per row.")] = 8192,
+    batch_size: Annotated[int, typer.Option(help="Rows per device.")] = 1,
+    devices: Annotated[int, typer.Option(help="Devices over which FSDP shards the weights.")] = 1,
+    rank: Annotated[int, typer.Option(help="Rank of the adapters.")] = 16,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per line instead of a table.")] = False,
 ) -> None:
-    """State what one training step with AdamW takes on each device, without and with activation checkpointing."""
+    """Compute the memory per device of an AdamW training step, without and with activation checkpointing."""
     from ..memory import STRATEGIES, training_memory
 
     config = find_config(model)
@@ -64,6 +64,6 @@ def _print_rows(title: str, rows: list[dict[str, Any]]) -> None:
         f"{strategy}: {STRATEGIES[strategy].explanation}" for strategy in dict.fromkeys(row["strategy"] for row in rows)
     )
     columns: list[str | Column] = ["strategy", "checkpointing", *(Column(part, justify="right") for part in parts)]
-    # Narrow enough for 80 columns: the unit once, and nothing between the columns.
+    # Fits 80 columns: the unit is in the title only, and columns have no separators.
     style = {"box": SIMPLE_HEAD, "padding": (0, 1, 0, 0), "pad_edge": False}
     print_table(f"{title}, in {unit}", columns, cells, caption, **style)

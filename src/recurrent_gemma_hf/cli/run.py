@@ -22,7 +22,7 @@ def run(context: typer.Context) -> None:
     environment = dict(os.environ)
     preload = str(Path(__file__).parent / "preload")
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (preload, environment.get("PYTHONPATH"))))
-    # The programs of this environment first, also where it is not activated.
+    # Programs of this environment come first, even if it is not activated.
     environment["PATH"] = os.pathsep.join(filter(None, (str(Path(sys.executable).parent), environment.get("PATH"))))
     program = sys.executable if command.endswith(".py") else shutil.which(command, path=environment["PATH"])
     arguments = context.args if command.endswith(".py") else arguments

@@ -33,9 +33,9 @@ ConfigOption = Annotated[
     typer.Option("--model", "-m", help="A checkpoint folder, a Hub id or a preset such as recurrentgemma-2b."),
 ]
 DtypeOption = Annotated[
-    str, typer.Option(help="auto, float32 or bfloat16. auto is the checkpoint's, where this CPU is fast in it.")
+    str, typer.Option(help="auto, float32 or bfloat16. auto: the checkpoint's, or float32 where bfloat16 is emulated.")
 ]
-DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps, ...; the fastest here by default.")]
+DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps, ...; the accelerator by default.")]
 
 
 class Problem(Exception):
@@ -45,9 +45,9 @@ class Problem(Exception):
 
 @contextmanager
 def reported(*kinds: type[Exception], as_: str = "{}") -> Iterator[None]:
-    """Raise a Problem for errors of these kinds; `as_` is its message, with {} for the first line of the error's.
+    """Turn errors of these kinds into a Problem with message `as_`, where {} becomes the error's first line.
 
-    Transformers writes more below that line.
+    Transformers adds more lines, which are dropped.
     """
     try:
         yield
@@ -77,7 +77,7 @@ def print_table(
 
 
 def locate(model: str | None) -> str:
-    """Return the location of a checkpoint: the demo's folder, the given folder, or a Hub id."""
+    """Return a checkpoint's folder (for None, the demo's) or Hub id; raise a Problem for any other argument."""
     from .. import demo_checkpoint
 
     if model is None:
@@ -119,7 +119,7 @@ def read_config(location: str) -> RecurrentGemmaConfig:
 def load(
     model: str | None, dtype: str, device: str | None
 ) -> tuple[RecurrentGemmaForCausalLM, PreTrainedTokenizerBase]:
-    """Return the model, ready on its device, and its tokenizer."""
+    """Return the model, on its device, and its tokenizer; raise a Problem if either cannot be used."""
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer, logging
 
@@ -133,7 +133,7 @@ def load(
     with reported(OSError, ValueError, RuntimeError, SafetensorError, as_=f"cannot load {location}: {{}}"):
         tokenizer = AutoTokenizer.from_pretrained(location)
         loaded = AutoModelForCausalLM.from_pretrained(location, device_map=str(chosen_device), **chosen_dtype)
-    # If its files are missing, AutoTokenizer makes an empty tokenizer.
+    # AutoTokenizer makes an empty tokenizer if the files are missing.
     if tokenizer("a", add_special_tokens=False)["input_ids"] in ([], [tokenizer.unk_token_id]):
         raise Problem(f"{location} has no tokenizer; put tokenizer.json and tokenizer_config.json there")
     if len(tokenizer) > config.vocab_size:
@@ -145,7 +145,7 @@ def load(
 
 
 def pick_device(name: str | None) -> torch.device:
-    """Return the device of that name, after a test that it works; for None, the accelerator or else the CPU."""
+    """Return the device called `name`, or raise a Problem if it does not work; None: the accelerator, else the CPU."""
     import torch
 
     if name is None:

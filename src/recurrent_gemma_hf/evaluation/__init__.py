@@ -1,5 +1,5 @@
 """Evaluation: what `recurrent-gemma eval` runs.
 
-Nothing here is imported before it is used, and a checkpoint carries none of it. lm-eval and matplotlib come with the
-extra `eval`.
+The commands import these files on use, and the code in a checkpoint has none of them. lm-eval and matplotlib come with
+the extra `eval`.
 """

@@ -8,11 +8,11 @@ from typing import Any
 import matplotlib
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # (the backend comes first)
+import matplotlib.pyplot as plt  # after the backend is set
 
 
 def save(figure: Any, path: Path) -> None:
-    """Write the figure, under its name only when it is complete."""
+    """Write the figure to `path`, atomically, and close it."""
     temporary = path.with_name(f".{path.stem}.partial{path.suffix}")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(temporary, dpi=120, bbox_inches="tight")
@@ -21,7 +21,7 @@ def save(figure: Any, path: Path) -> None:
 
 
 def draw_positions(results: list[dict[str, Any]], path: Path) -> None:
-    """Draw mean loss against position with its band, one line per result."""
+    """Draw mean loss and its confidence band against position, one line per result of `position_loss.measure`."""
     figure, axes = plt.subplots(figsize=(7.5, 4.2))
     for result in results:
         bins = result["bins"]

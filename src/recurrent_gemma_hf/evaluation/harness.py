@@ -1,11 +1,11 @@
 """lm-evaluation-harness (EleutherAI, `lm-eval`) with models of this package.
 
-`--model hf` works as for any other model once this package is imported; that is what `recurrent-gemma eval harness`
-does before it hands over to lm-eval's own command line. Plain `lm_eval` would find Transformers' own RecurrentGemma.
+`--model hf` works as for any other model once this package is imported, as `recurrent-gemma eval harness` does before
+it runs lm-eval's own command line. Plain `lm_eval` would find Transformers' own RecurrentGemma.
 
-`--model recurrent_gemma` differs from `hf` where a constant-size state pays: nothing is cut off at 2048 tokens, and
-`loglikelihood_rolling` reads a document in one piece, the state carried along, where `hf` forgets everything at the
-border of every window.
+`--model recurrent_gemma` differs from `hf` in two ways, which a constant-size state makes cheap: it does not truncate
+contexts to 2048 tokens, and its `loglikelihood_rolling` carries the state through a whole document, while `hf` starts
+anew in every window.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from .streaming import streamed_logits
 
-# lm-eval cuts a context from the left at a length; nothing here needs cutting.
+# In tokens; lm-eval truncates longer contexts on the left.
 UNLIMITED = 1 << 24
 
 
@@ -31,8 +31,8 @@ UNLIMITED = 1 << 24
 class RecurrentGemmaLM(HFLM):
     """HFLM with unlimited context; documents of any length are scored in one pass of linear cost.
 
-    Takes the arguments of `hf`. Raises ValueError for a batch size of "auto", which lm-eval finds by trying the
-    longest context there is.
+    Takes the arguments of `hf`. Raises ValueError for a batch size of "auto" without `max_length`, since lm-eval finds
+    it by trying the longest context.
     """
 
     def __init__(self, pretrained: Any, batch_size: int | str | None = 1, **kwargs: Any) -> None:
@@ -43,17 +43,17 @@ class RecurrentGemmaLM(HFLM):
                 "number, or max_length among the model arguments"
             )
         super().__init__(pretrained, batch_size=batch_size, **kwargs)
-        # lm-eval asks for a number of tokens by max_length, which a checkpoint's own max_new_tokens would overrule.
+        # lm-eval limits generation by max_length, which max_new_tokens of a checkpoint's config would override.
         self.model.generation_config = copy.deepcopy(self.model.generation_config)
         self.model.generation_config.max_new_tokens = None
 
     @property
     def max_length(self) -> int:
-        """Return the longest context: unlimited unless a model argument sets it."""
+        """Return the longest context in tokens: `UNLIMITED` unless a model argument sets it."""
         return self._max_length or UNLIMITED
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Compute the log-likelihood of each whole document after <bos>, with the state carried along."""
+        """Compute the log-likelihood, in nats, of each whole document after <bos>, in one pass."""
         results = []
         for request in tqdm(requests, disable=disable_tqdm or self.rank != 0, desc="Reading documents"):
             (text,) = request.args

@@ -1,8 +1,8 @@
 """Next-token loss against position: how far does a longer context help?
 
-A document is cut into segments of the asked length; each begins with the beginning-of-sequence token and is streamed
+A document is cut into segments of a given length; each begins with the beginning-of-sequence token and is streamed
 through the cache, so memory does not grow with the length. Losses are averaged in bins whose width grows with the
-position, and a bootstrap gives each bin a band.
+position; each bin has a confidence band by bootstrap.
 
 Shape suffixes: S segments, T positions, N bins, K blocks of one bin, R bootstrap samples.
 """
@@ -27,7 +27,7 @@ from .streaming import streamed_losses
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# With this many segments a band says how segments differ; with fewer, how blocks of neighbouring tokens do.
+# The bootstrap resamples segments if there are this many, else blocks of `BLOCK` neighbouring tokens.
 ENOUGH_SEGMENTS = 5
 BLOCK = 64
 BOOTSTRAP_SAMPLES = 400
@@ -35,7 +35,7 @@ BOOTSTRAP_SAMPLES = 400
 
 @dataclass(frozen=True)
 class Wanted:
-    """length: positions per segment; segments: at most so many (None: all there are); bins_per_octave: how fine."""
+    """Settings: `length` positions per segment, `segments` of them (None: all), `bins_per_octave` of the position."""
 
     length: int
     segments: int | None = None
@@ -78,11 +78,11 @@ def read_documents(paths: Sequence[Path], part: tuple[float, float] = (0.0, 1.0)
 def cut_segments(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, wanted: Wanted) -> torch.Tensor:
     """Return segments (S, T + 1) int64: <bos> and `length` tokens of a document in each row.
 
-    What is left of a document after its last whole segment is not used. Raises ValueError when there is no segment.
+    The rest of a document is dropped. Raises ValueError for too few segments, or a tokenizer without <bos>.
     """
     if tokenizer.bos_token_id is None:
         raise ValueError(
-            "the tokenizer has no beginning-of-sequence token; the model has never seen a text without one"
+            "the tokenizer has no beginning-of-sequence token, which begins every text; use the model's own tokenizer"
         )
     longest = 0
     rows: list[torch.Tensor] = []
@@ -109,8 +109,8 @@ def position_losses(
 ) -> torch.Tensor:
     """Compute the loss of every token in nats, (S, T) float32 on the CPU, one segment at a time."""
     segments, length = segments_ST.shape[0], segments_ST.shape[1] - 1
-    # Made at once: small pieces kept between the chunks' logits would hold the allocator's memory apart, 4 GB in a
-    # million tokens.
+    # Allocated at once: small tensors kept between the chunks' logits would fragment memory, by 4 GB in a million
+    # tokens.
     losses_ST = torch.empty(segments, length)
     with tqdm(total=segments * length, unit="token", unit_scale=True) as progress:
         for tokens, losses_T in zip(segments_ST, losses_ST, strict=True):
@@ -131,7 +131,7 @@ def bin_edges(length: int, bins_per_octave: int) -> list[int]:
 
 
 def summarise(losses_ST: torch.Tensor, wanted: Wanted) -> list[dict[str, float]]:
-    """Compute mean loss and band of each bin. `first` and `last` count positions from 1, the first predicted token."""
+    """Return mean loss and band of each bin. `first` and `last` count positions from 1, the first predicted token."""
     edges = bin_edges(losses_ST.shape[1], wanted.bins_per_octave)
     generator = torch.Generator().manual_seed(wanted.seed)
     rows = []
@@ -146,7 +146,7 @@ def summarise(losses_ST: torch.Tensor, wanted: Wanted) -> list[dict[str, float]]
 
 
 def _band(inside_ST: torch.Tensor, confidence: float, generator: torch.Generator) -> tuple[float, float]:
-    """Compute bootstrap percentiles of the mean, resampling segments, or blocks of tokens if segments are too few."""
+    """Return bootstrap percentiles of the mean loss, resampling segments, or blocks of tokens for few segments."""
     units = inside_ST.mean(1)
     weights = torch.ones_like(units)
     if len(units) < ENOUGH_SEGMENTS:
@@ -154,7 +154,7 @@ def _band(inside_ST: torch.Tensor, confidence: float, generator: torch.Generator
         units = torch.stack([block.mean() for block in blocks])
         weights = torch.tensor([float(len(block)) for block in blocks], dtype=torch.float64)
     means = []
-    for _ in range(BOOTSTRAP_SAMPLES):  # one sample after the other: a bin may have thousands of blocks
+    for _ in range(BOOTSTRAP_SAMPLES):  # one at a time, because a bin may have thousands of blocks
         drawn = torch.randint(len(units), (len(units),), generator=generator)
         means.append((units[drawn] * weights[drawn]).sum() / weights[drawn].sum())
     tail = (1 - confidence) / 2
@@ -169,7 +169,7 @@ def measure(
     wanted: Wanted,
     label: str,
 ) -> dict[str, Any]:
-    """Measure one record: the bins, with model, text and versions."""
+    """Measure the losses; return a record of the bins, the mean loss, the text's SHA-256, device and versions."""
     segments_ST = cut_segments(texts, tokenizer, wanted)
     losses_ST = position_losses(model, segments_ST)
     resampled = "segments" if len(segments_ST) >= ENOUGH_SEGMENTS else f"blocks of {BLOCK} tokens"

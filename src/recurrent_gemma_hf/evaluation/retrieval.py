@@ -34,8 +34,8 @@ class Prompt(NamedTuple):
 
 
 def passkey_prompt(sentences: int, depth: float, rng: random.Random) -> Prompt:
-    """Make a prompt of `sentences` times three short sentences of filler, with the key after a share `depth` of
-    them."""
+    """Make a prompt of `sentences` blocks of filler, three short sentences each, with the key after a share `depth` of
+    them; raise ValueError for sizes below 1 and other depths than 0 to 1."""
     if sentences < 1:
         raise ValueError(f"size {sentences} must be 1 or more")
     if not 0 <= depth <= 1:
@@ -48,8 +48,8 @@ def passkey_prompt(sentences: int, depth: float, rng: random.Random) -> Prompt:
 
 
 def phonebook_prompt(entries: int, depth: float | None, rng: random.Random) -> Prompt:
-    """Make a prompt of `entries` lines "name: number", two repeated as examples, then a name; depth None asks for
-    any."""
+    """Make a prompt of `entries` lines "name: number", two repeated as examples, then a name: that of the entry at
+    `depth`, from 0 (the first) to 1 (the last), or of a random one for None."""
     if entries < 3:
         raise ValueError(f"size {entries} must be 3 or more: two entries are the examples")
     if depth is not None and not 0 <= depth <= 1:
@@ -59,9 +59,9 @@ def phonebook_prompt(entries: int, depth: float | None, rng: random.Random) -> P
         name = " ".join("".join(rng.choices(SYLLABLES, k=2)).capitalize() for _ in range(2))
         names.setdefault(name, f"{rng.randrange(200, 1000)}-{rng.randrange(0, 10_000):04d}")
     lines = [f"{name}: {number}" for name, number in names.items()]
-    asked = rng.randrange(entries) if depth is None else round(depth * (entries - 1))
-    examples = rng.sample([line for place, line in enumerate(lines) if place != asked], 2)
-    name, number = lines[asked].split(": ")
+    target = rng.randrange(entries) if depth is None else round(depth * (entries - 1))
+    examples = rng.sample([line for place, line in enumerate(lines) if place != target], 2)
+    name, number = lines[target].split(": ")
     return Prompt("\n".join([*lines, "", *examples, f"{name}:"]), number)
 
 
@@ -73,9 +73,9 @@ PROMPTS: dict[str, Callable[[int, float, random.Random], Prompt]] = {
 
 @torch.no_grad()
 def answer(model: RecurrentGemmaForCausalLM, tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> tuple[str, int]:
-    """Return the greedy continuation, as long as the right answer, and the number of tokens of the prompt."""
+    """Return the greedy continuation, up to one token longer than the right answer, and the tokens of the prompt."""
     ids = tokenizer(prompt.text, return_tensors="pt").input_ids.to(model.device)
-    # One more token than the answer takes by itself: a leading space may be a token of its own.
+    # One more token than the answer has, because a leading space may be a separate token.
     new_tokens = len(tokenizer(" " + prompt.answer, add_special_tokens=False)["input_ids"]) + 1
     output = model.generate(
         ids,
@@ -99,7 +99,7 @@ def measure(
     repeats: int,
     seed: int,
 ) -> Iterator[dict[str, Any]]:
-    """Yield one record per size and depth: the share of right answers among `repeats` prompts."""
+    """Yield one record per size and depth, with the share of right answers among `repeats` prompts."""
     if task not in PROMPTS:
         raise ValueError(f"unknown task {task!r}; there are {', '.join(PROMPTS)}")
     if repeats < 1:

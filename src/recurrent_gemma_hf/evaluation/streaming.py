@@ -12,13 +12,13 @@ import torch.nn.functional as F
 
 from .. import RecurrentGemmaCache, RecurrentGemmaForCausalLM
 
-# The logits of one chunk take four bytes per token and entry of the vocabulary; with 256,000 entries this is 1 GB.
+# Logits per chunk, tokens times vocabulary entries, four bytes each: 1 GB, or less with a small vocabulary.
 LOGITS_OF_A_CHUNK = 1 << 28
 LONGEST_CHUNK = 4096
 
 
 def chunk_length(vocab_size: int, batch_size: int = 1) -> int:
-    """Return how many tokens to read per forward, so that the logits take about 1 GB in float32."""
+    """Return how many tokens to read per forward, so that the logits take at most about 1 GB in float32."""
     return max(1, min(LONGEST_CHUNK, LOGITS_OF_A_CHUNK // (vocab_size * batch_size)))
 
 
@@ -26,9 +26,9 @@ def chunk_length(vocab_size: int, batch_size: int = 1) -> int:
 def streamed_logits(
     model: RecurrentGemmaForCausalLM, tokens_BT: torch.Tensor, chunk: int | None = None
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield (logits_BCV, targets_BC) chunk by chunk: every token but the first is predicted from all before it.
+    """Yield (logits_BCV, targets_BC) per chunk; every token but the first is a target, predicted from all before it.
 
-    Raises ValueError for fewer than two tokens, which leave nothing to predict.
+    Raises ValueError for fewer than two tokens.
     """
     if tokens_BT.shape[1] < 2:
         raise ValueError(f"{tokens_BT.shape[1]} tokens leave nothing to predict; give 2 or more")

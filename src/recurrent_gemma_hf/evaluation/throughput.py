@@ -22,8 +22,8 @@ MLP_STEP = 8  # the width of the transformer's MLP is a multiple of this
 
 
 def transformer_of_equal_size(config: RecurrentGemmaConfig) -> GemmaForCausalLM:
-    """Make an untrained Gemma with the layers, heads and widths of `config`, and an MLP that equals the parameter
-    count.
+    """Make an untrained Gemma with the layers, heads and widths of `config`, and an MLP of the width that makes the
+    parameter counts equal.
 
     Untrained weights are as fast as trained ones.
     """
@@ -43,7 +43,7 @@ def transformer_of_equal_size(config: RecurrentGemmaConfig) -> GemmaForCausalLM:
 
 
 def cache_bytes(cache: Cache) -> int:
-    """Return the bytes of the tensors in a cache."""
+    """Return the size of a cache's tensors in bytes."""
     if isinstance(cache, RecurrentGemmaCache):
         return cache.memory_footprint()
     tensors = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values) if tensor is not None]
@@ -57,8 +57,8 @@ def measure(
     """Prefill `prompt` random tokens and generate `tokens` more; yield a record after the prompt and after every
     `every`.
 
-    `tokens_per_second` counts all rows of the batch and only the tokens since the record before. Raises ValueError for
-    numbers below 1.
+    `tokens_per_second` counts all rows of the batch and only the tokens since the previous record. Raises ValueError
+    for numbers below 1.
     """
     for name, value in (("prompt", prompt), ("tokens", tokens), ("every", every), ("batch size", batch_size)):
         if value < 1:

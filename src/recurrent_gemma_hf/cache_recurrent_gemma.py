@@ -676,7 +676,12 @@ class RecurrentGemmaCache(Cache):
     # --- Persistence ---
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write the state (not the record) as safetensors, in constant size, atomically; raise ValueError if empty."""
+        """Write the state (not the record) as safetensors, in constant size, atomically.
+
+        Raises:
+            ValueError: the cache is empty, or `path` is a folder or a device.
+            OSError: the file cannot be written.
+        """
         if self.progress.lengths is None:
             raise ValueError("this cache is empty; run the model over a prompt before saving it")
         tensors = {

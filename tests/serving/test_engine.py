@@ -169,7 +169,7 @@ def test_missing_weights_are_refused(tiny):
     ("options", "message"),
     [
         ({"mamba_ssm_cache_dtype": "bfloat16"}, "kept in float32"),
-        ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}}, "speculative decoding needs to restore"),
+        ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}}, "decoding needs to restore"),
         ({"tensor_parallel_size": 3}, r"must be divisible by tensor parallel size \(3\)"),
     ],
     ids=["state dtype", "speculative decoding", "ranks that do not divide the heads"],

@@ -86,13 +86,13 @@ def convolutions(device: torch.device) -> Claims:
         set_backend(backend)
         B, T, D = shape
         tensors = [t.to(dtype) for t in (torch.randn(B, T + past, D), torch.randn(D, 1, 4), torch.randn(D))]
-        mask = (torch.rand(1, T, 4) < 0.8).to(dtype)
+        mask = torch.rand(1, T, 4) < 0.8
 
         def ours(*inputs: torch.Tensor) -> tuple[torch.Tensor]:
             return (causal_conv1d(*inputs, mask.to(device), past=past),)
 
         def exact(*inputs: torch.Tensor) -> tuple[torch.Tensor]:
-            return (reference.conv(*inputs, mask.double(), past),)
+            return (reference.conv(*inputs, mask, past),)
 
         return compared(device, ours, exact, tensors), LIMITS[dtype] / 4
 
@@ -150,8 +150,8 @@ def steps(device: torch.device) -> Claims:
         x, y, *learned, h0 = tensors
         conv = [torch.randn(H * d, 1, 4).to(dtype), torch.randn(H * d).to(dtype)]
         past = torch.randn(B, 3, H * d).to(dtype)
-        mask = (torch.rand(B, 1, 4) < 0.9).float()
-        x_exact = reference.conv(torch.cat([past, x], 1).double(), *(t.double() for t in conv), mask.double(), 3)
+        mask = torch.rand(B, 1, 4) < 0.9
+        x_exact = reference.conv(torch.cat([past, x], 1).double(), *(t.double() for t in conv), mask, 3)
         exact = reference.rg_lru(
             x_exact, y.double(), RgLruParameters(*(t.double() for t in learned)), h0.double(), *flags
         )

@@ -107,7 +107,7 @@ def full_cases():
     walk = {"CHANNELS": triton_tools.CHANNELS, "ROWS": triton_tools.UNROLLED}
     steps = {"CHANNELS": triton_tools.CHANNELS, "STEPS": causal_conv1d_triton.STEPS, "K": 4, "PAST": 3}
     for label, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
-        masks = {"reset_ptr": torch.uint8, "is_padding_ptr": torch.uint8}
+        masks = dict.fromkeys(("reset_ptr", "is_padding_ptr", "conv_tap_mask_ptr"), torch.uint8)
         dtypes = {"x_ptr": dtype, **masks, **{f"{name}_ptr": torch.float32 for name in FLOAT32}}
         for summary in (True, False):
             suffix, constants = f" {label}{', summary' if summary else ''}", {**walk, "SUMMARY": summary}

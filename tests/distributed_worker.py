@@ -314,6 +314,22 @@ def context_parallel_of_documents_by_their_lengths(folder: Path) -> None:
     check_context_parallel(language_batch(1, 64, seq_idx=(torch.arange(64) // 17)[None]))
 
 
+@check(2, 4)
+def context_parallel_with_a_document_that_is_not_finite(folder: Path) -> None:
+    """Documents of 20 tokens: a NaN in the second, which ends within the third of four chunks, stays there."""
+    model, ids = make_model(make_config()).eval(), random_ids(1, 64).clamp(min=1)
+    batch = {"input_ids": ids, "position_ids": (torch.arange(64) % 20)[None]}
+    with torch.no_grad():
+        sound = model.model(**batch, use_cache=False).last_hidden_state
+        model.model.embed_tokens.weight[0] = torch.nan
+        ids[0, 30] = 0
+        found = model(**shard_sequence(batch, dist.group.WORLD), output_hidden_states=True).hidden_states[-1]
+    is_broken = (torch.arange(64) >= 30) & (torch.arange(64) < 40)
+    sound, is_broken = (x.chunk(dist.get_world_size(), dim=-1)[dist.get_rank()] for x in (sound.mT, is_broken))
+    torch.testing.assert_close(found.mT[..., ~is_broken], sound[..., ~is_broken], rtol=1e-4, atol=1e-5)
+    assert found[:, is_broken].isnan().all()
+
+
 @check(2)
 def context_parallel_under_a_given_number_of_targets(folder: Path) -> None:
     check_context_parallel(language_batch(2, 64, num_items_in_batch=torch.tensor(1000)))

@@ -7,6 +7,7 @@ Triton kernels, `distributed_worker` runs in several processes.
 import functools
 import importlib.util
 import math
+import os
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -25,6 +26,9 @@ from recurrent_gemma_hf import (
     RecurrentGemmaForTokenClassification,
 )
 from recurrent_gemma_hf.cli.app import main
+
+# How many times as many rounds as in the suite the fuzzers run: `make fuzz` asks for more.
+FUZZ_ROUNDS = int(os.environ.get("FUZZ_ROUNDS", "1"))
 
 # --- models -----------------------------------------------------------------------------------------------------------
 

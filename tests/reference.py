@@ -18,7 +18,7 @@ def conv(u_BFD: Tensor, weight_D1K: Tensor, bias_D: Tensor, conv_tap_mask_BTK: T
     for tap in range(K):
         seen = full[:, tap : tap + T]
         if conv_tap_mask_BTK is not None:
-            seen = torch.where(conv_tap_mask_BTK[..., tap, None] != 0, seen, 0.0)
+            seen = torch.where(conv_tap_mask_BTK[..., tap, None], seen, 0.0)
         out = out + seen * weight_D1K[:, 0, tap]
     return out
 

@@ -214,11 +214,10 @@ def test_operators_keep_their_promises():
 def test_the_convolution(shape, has_past, has_mask):
     B, T, D, K = shape
     past = K - 1 if has_past else 0
-    mask = (torch.rand(B, T, K) < 0.8).float() if has_mask else None
+    mask = torch.rand(B, T, K) < 0.8 if has_mask else None
     tensors = [drawn(B, past + T, D), drawn(D, 1, K), drawn(D)]
     mine = results(lambda *t: (causal_conv1d(*t, mask, past=past),), tensors)
-    exact_mask = None if mask is None else mask.double()
-    wanted = results(lambda *t: (reference.conv(*t, exact_mask, past),), in_float64(tensors))
+    wanted = results(lambda *t: (reference.conv(*t, mask, past),), in_float64(tensors))
     assert_near(mine, wanted, 2e-6)
 
 
@@ -242,7 +241,7 @@ def stepped(B, H, d, K, rows, index=None):
     D = H * d
     tensors, masks = make(B, 1, H, d)
     u, y, *learned, _ = tensors
-    conv_weight, conv_bias, tap_mask = drawn(D, 1, K), drawn(D), (torch.rand(B, K) < 0.8).float()
+    conv_weight, conv_bias, tap_mask = drawn(D, 1, K), drawn(D), torch.rand(B, K) < 0.8
     past, h = drawn(rows, K - 1, D), drawn(rows, D)
     before, states = (past.clone(), h.clone()), (past.transpose(1, 2), h)
     addresses = [state.data_ptr() for state in states]
@@ -254,7 +253,7 @@ def stepped(B, H, d, K, rows, index=None):
     assert [state.data_ptr() for state in states] == addresses
     chosen = torch.arange(B) if index is None else index.long().clamp(min=0)
     full = torch.cat([before[0][chosen], u], dim=1)
-    x = reference.conv(full.double(), conv_weight.double(), conv_bias.double(), tap_mask[:, None].double(), K - 1)
+    x = reference.conv(full.double(), conv_weight.double(), conv_bias.double(), tap_mask[:, None], K - 1)
     wanted, last = exact(x, y.double(), *in_float64(learned), before[1][chosen].double(), **masks)
     moved = torch.where(is_padding[:, None, None], before[0][chosen], full[:, 1:])
     return (out, past, h), (wanted[:, 0], moved, last), before

@@ -29,6 +29,7 @@ class AttentionMask(NamedTuple):
     query_offset: int | None  # query t is key query_offset + t; None: the keys are an unordered ring buffer
     # No padding, one document, empty cache: the mask is the same for every row and every block of queries.
     is_single_causal_block: bool
+    has_documents: bool  # masked keys may belong to another document
     in_blocks: bool = False  # long enough for `attend_in_blocks`
     backend_mask: Any = None  # the attention implementation's mask, made once for all layers
 
@@ -42,14 +43,15 @@ class AttentionMask(NamedTuple):
         T, before = columns.token_index.shape[1], min(window, seen)
         index = torch.arange(before + T, device=columns.token_index.device)[None]
         is_plain = columns.is_one_document and columns.is_token is None and seen == 0
-        return AttentionMask(index[:, before:], index, _max_lookback(columns, window), None, window, before, is_plain)
+        lookback, has_documents = _max_lookback(columns, window), not columns.is_one_document
+        return AttentionMask(index[:, before:], index, lookback, None, window, before, is_plain, has_documents)
 
     @staticmethod
     def of_ring(columns: Columns, slot_token_indices_BS: torch.Tensor, window: int) -> AttentionMask:
         """Make the mask of one query for the slots of the cache's ring buffer."""
         keys = slot_token_indices_BS.to(columns.token_index.device)
-        lookback = _max_lookback(columns, window)
-        return AttentionMask(columns.token_index, keys, lookback, columns.is_token, window, None, False)
+        lookback, has_documents = _max_lookback(columns, window), not columns.is_one_document
+        return AttentionMask(columns.token_index, keys, lookback, columns.is_token, window, None, False, has_documents)
 
     @property
     def in_sequence_order(self) -> bool:
@@ -67,6 +69,25 @@ class AttentionMask(NamedTuple):
             # Padding attends to everything: its output is not used, and a softmax over no keys would be NaN.
             seen = seen | ~self.query_is_token[:, queries, None]
         return seen[:, None]
+
+    def without_broken(self, *qkv: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return q, k and v with zeros in tokens that are not finite, and (B, 1, T, 1) bool, True at the queries that
+        see such a token, whose output is NaN. A masked key weighs 0, but 0 times NaN is NaN, in every document."""
+        broken_q, *broken_kv = (~x.isfinite().all(3).all(1) for x in qkv)
+        broken_k = broken_kv[0] | broken_kv[1]
+        if self.query_offset is None:
+            is_broken_BT = (self.visible()[:, 0] & broken_k[:, None]).any(2)
+        else:  # the keys that a query sees are one run of columns
+            count = F.pad(broken_k.cumsum(1), (1, 0))
+            first, last = (self.query_index - self.max_lookback).clamp(min=0), self.query_index + 1
+            first, last = (count.gather(1, index.expand(len(count), -1)) for index in (first, last))
+            is_broken_BT = last > first
+        is_broken_BT = is_broken_BT | broken_q
+        q, k, v = (
+            x.masked_fill(broken[:, None, :, None], 0.0)
+            for x, broken in zip(qkv, (broken_q, broken_k, broken_k), strict=True)
+        )
+        return q, k, v, is_broken_BT[:, None, :, None]
 
 
 def _max_lookback(columns: Columns, window: int) -> torch.Tensor:
@@ -159,6 +180,23 @@ def attend_in_blocks(
     return torch.cat(outputs, dim=2)
 
 
+def attend_locally(
+    implementation: str,
+    q_BHTh: torch.Tensor,
+    k_BGKh: torch.Tensor,
+    v_BGKh: torch.Tensor,
+    mask: AttentionMask,
+    dropout: float,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Compute attention by one of `LOCAL_IMPLEMENTATIONS`; return the output (B, T, H, h) and its probabilities."""
+    attend = LOCAL_IMPLEMENTATIONS[implementation]
+    if mask.in_blocks:
+        out, weights = attend_in_blocks(attend, q_BHTh, k_BGKh, v_BGKh, mask, dropout), None
+    else:
+        out, weights = attend(q_BHTh, k_BGKh, v_BGKh, mask.backend_mask, dropout)
+    return out.transpose(1, 2), weights
+
+
 LOCAL_IMPLEMENTATIONS: dict[str, Callable[..., tuple[torch.Tensor, torch.Tensor | None]]] = {
     "eager": eager_attention,
     "sdpa": sdpa_attention,
@@ -177,7 +215,7 @@ def with_backend_mask(
     """Return `attention` with the mask that the attention implementation reads, or marked for `attend_in_blocks`."""
     T, K = attention.max_lookback.shape[1], attention.key_index.shape[1]
     if mask_4d is not None:
-        return attention._replace(backend_mask=mask_4d[..., mask_4d.shape[3] - K :])
+        return attention._replace(backend_mask=mask_4d[..., mask_4d.shape[3] - K :], has_documents=False)
     if implementation == "flex_attention":
         return attention._replace(backend_mask=_flex_mask(attention, (batch_size, T)))
     if "flash" in implementation:

@@ -26,7 +26,8 @@ def causal_conv1d(
         u_BFD: the inputs; zeros are assumed before the first.
         weight_D1K: as in torch.nn.Conv1d, the tap of the newest input last.
         bias_D: one per channel.
-        conv_tap_mask_BTK: (B or 1, T, K), 0 for taps that would read an earlier document, else 1; None: all 1.
+        conv_tap_mask_BTK: (B or 1, T, K) bool, False for taps that would read an earlier document, which are left out,
+            not multiplied by 0; None: all True.
         past: number of earlier inputs in front, which have no output: 0 or K - 1.
     """
     K = weight_D1K.shape[2]
@@ -42,6 +43,11 @@ def causal_conv1d(
     return function(full, weight_D1K, bias_D, conv_tap_mask_BTK)
 
 
+def _seen(x_BTD: Tensor, conv_tap_mask_BTK: Tensor | None, tap: int) -> Tensor:
+    """Return x, with zeros where the tap would read an earlier document."""
+    return x_BTD if conv_tap_mask_BTK is None else x_BTD.masked_fill(~conv_tap_mask_BTK[..., tap, None], 0.0)
+
+
 class CausalConv1d(torch.autograd.Function):
     """Convolution of (B, K - 1 + T, D) in plain torch; weight (D, 1, K).
 
@@ -55,13 +61,13 @@ class CausalConv1d(torch.autograd.Function):
         weight_KD = weight[:, 0].t()
         K, T = weight_KD.shape[0], full.shape[1] - weight_KD.shape[0] + 1
         if T == 1:  # one multiplication instead of K
-            seen = full if conv_tap_mask is None else full * conv_tap_mask.transpose(1, 2)
+            seen = full if conv_tap_mask is None else full.masked_fill(~conv_tap_mask.transpose(1, 2), 0.0)
             return (seen * weight_KD).sum(1, keepdim=True) + bias
         weight_KD = weight_KD.contiguous()
         out = bias.expand(full.shape[0], T, -1).clone()
         for tap in range(K):
             x = full[:, tap : tap + T]
-            out.addcmul_(x if conv_tap_mask is None else x * conv_tap_mask[..., tap, None], weight_KD[tap])
+            out.addcmul_(_seen(x, conv_tap_mask, tap), weight_KD[tap])
         return out
 
     @staticmethod
@@ -71,7 +77,7 @@ class CausalConv1d(torch.autograd.Function):
         out = bias.expand(full.shape[0], T, -1)
         for tap in range(K):
             x = full[:, tap : tap + T]
-            out = out + (x if conv_tap_mask is None else x * conv_tap_mask[..., tap, None]) * weight[:, 0, tap]
+            out = out + _seen(x, conv_tap_mask, tap) * weight[:, 0, tap]
         return out
 
     @staticmethod
@@ -91,7 +97,7 @@ class CausalConv1d(torch.autograd.Function):
         T = grad.shape[1]
         grad_full, grad_taps = torch.zeros_like(full), []
         for tap, weight_D in enumerate(weight_KD):
-            seen = grad if conv_tap_mask is None else grad * conv_tap_mask[..., tap, None]
+            seen = _seen(grad, conv_tap_mask, tap)
             grad_full[:, tap : tap + T].addcmul_(seen, weight_D)
             grad_taps.append((full[:, tap : tap + T] * seen).sum((0, 1)))
         return grad_full, torch.stack(grad_taps, dim=1)[:, None], grad.sum((0, 1)), None

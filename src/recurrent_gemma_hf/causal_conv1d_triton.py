@@ -14,6 +14,7 @@ from .triton_tools import (
     OPTIONS,
     SIZES,
     allocate,
+    flag,
     on_device,
     own_row,
     row_stride,
@@ -44,8 +45,8 @@ def conv_kernel(
         inside = (f >= 0) & (t < T) & is_c
         u = tl.load(u_ptr + b * u_stride_B + f * u_stride_T + c, mask=inside, other=0.0).to(tl.float32)
         if conv_tap_mask_ptr is not None:
-            seen = tl.load(conv_tap_mask_ptr + b * conv_tap_mask_stride_B + t * K + tap, mask=t < T, other=0.0)
-            u = tl.where(seen != 0.0, u, 0.0)
+            seen = tl.load(conv_tap_mask_ptr + b * conv_tap_mask_stride_B + t * K + tap, mask=t < T, other=0)
+            u = tl.where(seen != 0, u, 0.0)
         out += u * tl.load(weight_ptr + tap * D + c, mask=is_c, other=0.0).to(tl.float32)
     tl.store(out_ptr + (b * T + t) * D + c, out.to(out_ptr.dtype.element_ty), mask=(t < T) & is_c)
 
@@ -82,7 +83,7 @@ def conv_backward_kernel(
                 sums += tl.where(sum_row == K, dbias[None, :], 0.0)
             if conv_tap_mask_ptr is not None:
                 tap_mask_ptr = conv_tap_mask_ptr + b * conv_tap_mask_stride_B + t * K + tap
-                dout = tl.where(tl.load(tap_mask_ptr, mask=is_output, other=0.0) != 0.0, dout, 0.0)
+                dout = tl.where(tl.load(tap_mask_ptr, mask=is_output, other=0) != 0, dout, 0.0)
             du += dout * tl.load(weight_ptr + tap * D + c, mask=is_c, other=0.0).to(tl.float32)
             dtap = tl.sum(dout * u, axis=0)
             sums += tl.where(sum_row == tap, dtap[None, :], 0.0)
@@ -99,7 +100,7 @@ def conv(u_BFD: Tensor, weight_KD: Tensor, bias_D: Tensor, conv_tap_mask_BTK: Te
     out_BTD = allocate((B, T, D), u_BFD.dtype, u_BFD.device)
     if out_BTD.numel() == 0:
         return out_BTD
-    mask = None if conv_tap_mask_BTK is None else conv_tap_mask_BTK.contiguous()
+    mask = flag(conv_tap_mask_BTK)
     with on_device(u_BFD):
         conv_kernel[(B * -(-D // CHANNELS) * -(-T // STEPS),)](
             u_BFD, weight_KD.contiguous(), bias_D.contiguous(), mask, out_BTD,
@@ -118,7 +119,7 @@ def conv_backward(
     du_BFD = allocate(tuple(u_BFD.shape), u_BFD.dtype, u_BFD.device)
     if dout_BTD.numel() == 0:
         return du_BFD.zero_(), weight_KD.new_zeros((K + 1, D), dtype=torch.float32)
-    mask = None if conv_tap_mask_BTK is None else conv_tap_mask_BTK.contiguous()
+    mask = flag(conv_tap_mask_BTK)
     blocks = -(-D // CHANNELS)
     S, steps = segments(B * blocks, T + past, STEPS)
     sums_BSKD = allocate((B, S, K + 1, D), torch.float32, u_BFD.device)

@@ -32,7 +32,7 @@ from torch.nn import functional as F
 from .configuration_recurrent_gemma import RecurrentGemmaConfig
 from .cross_entropy import IGNORE_INDEX
 from .inputs import check_positions, document_positions, first_tokens, is_counted, token_columns
-from .scan import linear_recurrence
+from .scan import exact_zeros, linear_recurrence, seen
 
 _HASHED = 1 << 24  # elements that are hashed at a time
 _SEGMENT = 4096  # tokens whose decays exist at a time in the backward pass
@@ -194,11 +194,11 @@ class SequenceShard:
         """Compute `linear_recurrence` of the whole sequence; return this chunk's states and its last state."""
         with torch.no_grad():
             _, end_BD = linear_recurrence(x_BCD, a_BCD)
-            decay_BD = a_BCD.prod(1, dtype=end_BD.dtype)
+            decay_BD = exact_zeros(a_BCD.prod(1, dtype=end_BD.dtype), (a_BCD == 0.0).any(1))
             chunks = self._gather(decay_BD, end_BD)
             h0_BD = torch.zeros_like(end_BD)
             for decay, end in chunks[: self.rank]:
-                h0_BD = torch.addcmul(end, decay, h0_BD)
+                h0_BD = torch.addcmul(end, decay, seen(decay, h0_BD))
         h_BCD, last_BD = linear_recurrence(x_BCD, a_BCD, h0_BD)
         return _LaterGrad.apply(self, h_BCD, last_BD, a_BCD, decay_BD) if torch.is_grad_enabled() else (h_BCD, last_BD)
 
@@ -306,11 +306,12 @@ class _LaterGrad(torch.autograd.Function):
             raise RuntimeError("a sequence over several ranks can be differentiated once; leave create_graph=True out")
         a_BCD, decay_BD = ctx.saved_tensors
         shard = ctx.shard
-        own_BD = torch.addcmul(_through_decay(dh_BCD, a_BCD, decay_BD.dtype), decay_BD, dlast_BD)
+        own_BD = _through_decay(dh_BCD, a_BCD, decay_BD.dtype)
+        own_BD = torch.addcmul(own_BD, decay_BD, seen(decay_BD, dlast_BD))
         chunks = shard._gather(decay_BD, own_BD)
         later_BD = torch.zeros_like(own_BD)
         for decay, own in chunks[shard.rank + 1 :].flip(0):
-            later_BD = torch.addcmul(own, decay, later_BD)
+            later_BD = torch.addcmul(own, decay, seen(decay, later_BD))
         return None, dh_BCD, dlast_BD + later_BD, None, None
 
 
@@ -319,7 +320,7 @@ def _through_decay(dh_BCD: torch.Tensor, a_BCD: torch.Tensor, dtype: torch.dtype
     decay_BD, total_BD = torch.ones_like(dh_BCD[:, 0], dtype=dtype), torch.zeros_like(dh_BCD[:, 0], dtype=dtype)
     for a, dh in zip(a_BCD.split(_SEGMENT, dim=1), dh_BCD.split(_SEGMENT, dim=1), strict=True):
         decays, decay_BD = linear_recurrence(torch.zeros_like(a), a, decay_BD)
-        total_BD += (decays * dh).sum(1)
+        total_BD += (decays * seen(decays, dh)).sum(1)
     return total_BD
 
 

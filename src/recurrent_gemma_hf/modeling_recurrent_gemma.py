@@ -25,7 +25,7 @@ from transformers import initialization as init
 from .attention import (
     LOCAL_IMPLEMENTATIONS,
     AttentionMask,
-    attend_in_blocks,
+    attend_locally,
     check_attention,
     check_flash,
     eager_attention,
@@ -78,7 +78,7 @@ class LayerInputs(NamedTuple):
     sin_BTr: torch.Tensor
     reset_BT: torch.Tensor  # (B or 1, T) bool: a document begins
     is_padding_BT: torch.Tensor | None  # bool; None if no padding can affect a state that is kept
-    conv_tap_mask_BTK: torch.Tensor | None  # (B or 1, T, K), 1 for conv taps inside the document; None: all are
+    conv_tap_mask_BTK: torch.Tensor | None  # (B or 1, T, K) bool: conv taps inside the document; None: all are
     attention: AttentionMask | None  # None in a model without attention
     shard: Any = None  # a SequenceShard (context_parallel.py) where the sequence lies on several ranks
 
@@ -168,18 +168,17 @@ class RecurrentGemmaAttention(nn.Module):
             k, v = k.to(q.dtype), v.to(q.dtype)
         dropout = self.attention_dropout if self.training else 0.0
         implementation = self.config._attn_implementation
+        if inputs.attention.has_documents:
+            q, k, v, is_broken = inputs.attention.without_broken(q, k, v)
         if implementation in LOCAL_IMPLEMENTATIONS:
-            attend, mask = LOCAL_IMPLEMENTATIONS[implementation], inputs.attention
-            if mask.in_blocks:
-                out, weights = attend_in_blocks(attend, q, k, v, mask, dropout), None
-            else:
-                out, weights = attend(q, k, v, mask.backend_mask, dropout)
-            out = out.transpose(1, 2)
+            out, weights = attend_locally(implementation, q, k, v, inputs.attention, dropout)
         else:
             out, weights = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention)(
                 self, q, k, v, inputs.attention.backend_mask, dropout=dropout, scaling=self.scaling,
                 sliding_window=self.config.sliding_window, is_causal=True, **kwargs,
             )  # fmt: skip
+        if inputs.attention.has_documents:
+            out = out.masked_fill(is_broken.transpose(1, 2), torch.nan)
         return linear(self.o_proj, out.reshape(*x_BTE.shape[:2], -1)), weights
 
 
@@ -630,7 +629,7 @@ class RecurrentGemmaModel(RecurrentGemmaPreTrainedModel):
         conv_tap_mask = None
         if not columns.is_one_document:
             back = torch.arange(self.config.conv1d_width - 1, -1, -1, device=x.device)
-            conv_tap_mask = (columns.position[..., None] >= back).to(x.dtype)
+            conv_tap_mask = columns.position[..., None] >= back
         is_padding = None if columns.is_token is None else ~columns.is_token
         cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
         return LayerInputs(cos, sin, columns.position == 0, is_padding, conv_tap_mask, attention, shard)

@@ -12,6 +12,7 @@ from .rg_lru_triton import coefficients
 from .triton_tools import (
     OPTIONS,
     SIZES,
+    advance,
     allocate,
     flag,
     gelu,
@@ -78,7 +79,7 @@ def conv_step_kernel(
         u = tl.load(inputs, mask=is_row & (c < D), other=0.0).to(tl.float32)
         seen = seen + (u.to(state_ptr.dtype.element_ty),)  # type: ignore[assignment]  # noqa: RUF005
         if conv_tap_mask_ptr is not None:
-            in_document = tl.load(conv_tap_mask_ptr + b * conv_tap_mask_stride_B + tap, mask=is_row, other=0.0) != 0.0
+            in_document = tl.load(conv_tap_mask_ptr + b * conv_tap_mask_stride_B + tap, mask=is_row, other=0) != 0
             u = tl.where(in_document, u, 0.0)
         out += u * tl.load(weight_ptr + c * K + tap, mask=c < D, other=0.0).to(tl.float32)
     tl.store(x_ptr + b * D + c, out.to(x_ptr.dtype.element_ty), mask=(b < B) & (c < D))
@@ -118,7 +119,7 @@ def rg_lru_step_kernel(
     x = tl.load(x_ptr + b * D + c, mask=inside, other=0.0).to(tl.float32)
     log_a_scale = -C * softplus(tl.load(recurrent_param_ptr + c, mask=is_c, other=0.0).to(tl.float32))
     a, _, gated, _, _ = coefficients(sigmoid(r), sigmoid(i), x, log_a_scale, is_reset, is_padding)
-    h = a * tl.load(h_ptr + index * h_stride_S + c, mask=inside, other=0.0) + gated
+    h = advance(a, tl.load(h_ptr + index * h_stride_S + c, mask=inside, other=0.0), gated)
     tl.store(h_ptr + index * h_stride_S + c, h, mask=inside)
     gelu_y, _ = gelu(tl.load(y_ptr + b * y_stride_B + c, mask=inside, other=0.0).to(tl.float32))
     out = tl.where(is_row, h * gelu_y, 0.0)
@@ -142,8 +143,7 @@ def step(
         return out_BD
     u_BD, y_BD = rows_of_channels(u_BD), rows_of_channels(y_BD)
     reset, is_padding, conv_tap_mask, index = flags
-    reset, is_padding = flag(reset), flag(is_padding)
-    conv_tap_mask = None if conv_tap_mask is None else conv_tap_mask.contiguous()
+    reset, is_padding, conv_tap_mask = flag(reset), flag(is_padding), flag(conv_tap_mask)
     outputs, chunk = (min(limit, max(16, triton.next_power_of_2(d))) for limit in (OUTPUTS, CHUNK))
     batches = -(-B // ROWS)
     with on_device(u_BD):

@@ -21,9 +21,10 @@ from .triton_tools import (
     OPTIONS,
     SIZES,
     UNROLLED,
+    advance,
     allocate,
+    compose,
     compose_summaries,
-    finite,
     flag,
     gelu,
     load_rows,
@@ -107,9 +108,9 @@ def rg_lru_kernel(
             is_padding = is_set(is_padding_ptr, is_padding_row, t, T) | (t >= T)  # no change after the end
             r, i = sigmoid(r_pre[k] + r_bias), sigmoid(i_pre[k] + i_bias)
             a, _, gated, _, _ = coefficients(r, i, x[k], log_a_scale, is_set(reset_ptr, reset_row, t, T), is_padding)
-            h = a * h + gated
+            h = advance(a, h, gated)
             if SUMMARY:
-                decay = finite(a * decay)
+                decay = compose(a, decay)
             else:
                 out = out_ptr + (b * T + t) * D + channel
                 tl.store(out, (h * gelu(y[k])[0]).to(out_ptr.dtype.element_ty), mask=within(is_channel, t, T))
@@ -169,8 +170,8 @@ def rg_lru_backward_kernel(
                 is_padding = is_set(is_padding_ptr, is_padding_row, t, T) | (t < 0) | (t >= T)
                 r = sigmoid(r_pre[k] + r_bias)
                 a, _, _, _, _ = coefficients(r, 0.0, 0.0, log_a_scale, is_set(reset_ptr, reset_row, t, T), is_padding)
-                G = a * (dout[k] * gelu(y[k])[0] + G)
-                decay = finite(a * decay)
+                G = advance(a, dout[k] * gelu(y[k])[0] + G, 0.0)
+                decay = compose(a, decay)
         else:
             x = load_rows(x_ptr, x_stride_T, start, T, is_channel, 0.0, ROWS)
             i_pre = load_rows(gates_ptr + gate + d, 2 * d, start, T, is_channel, 0.0, ROWS)
@@ -184,7 +185,7 @@ def rg_lru_backward_kernel(
                 a, _, gated, _, _ = coefficients(
                     r, i, x[k], log_a_scale, is_set(reset_ptr, reset_row, t, T), is_padding
                 )
-                before = before + (a * before[k] + gated,)  # type: ignore[assignment]  # noqa: RUF005
+                before = before + (advance(a, before[k], gated),)  # type: ignore[assignment]  # noqa: RUF005
             for k in tl.static_range(ROWS - 1, -1, -1):
                 t = start + k
                 inside = within(is_channel, t, T)
@@ -198,7 +199,7 @@ def rg_lru_backward_kernel(
                 offset = (b * T + t) * D + channel
                 tl.store(dy_ptr + offset, (dout[k] * before[k + 1] * slope).to(dy_ptr.dtype.element_ty), mask=inside)
                 g = dout[k] * gelu_y + G
-                G = a * g
+                G = advance(a, g, 0.0)
                 dgated = tl.where(is_padding, 0.0, g)
                 dx = tl.where(is_padding, 0.0, g * multiplier * i)
                 di = tl.where(is_padding, 0.0, dgated * multiplier * x[k] * i * (1.0 - i))

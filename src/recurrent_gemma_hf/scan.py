@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from .backend import is_transformed, plain_gradients, use_triton
 
@@ -36,6 +35,7 @@ _NAMESPACE = re.sub(r"\W", "_", __name__, flags=re.ASCII)
 def linear_recurrence(x_BTD: Tensor, a_BTD: Tensor, h0_BD: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Compute h_t = a_t * h_{t-1} + x_t for t = 0 .. T - 1, with h_{-1} = h0.
 
+    A coefficient of 0 drops the past, whatever it is: NaN or infinity before it do not pass, forwards or backwards.
     Accumulates in float32, or in float64 if any input is float64. Differentiable in x, a and h0 through both results,
     to any order and in every mode; higher orders and transforms of torch.func use the loop over time. Time and memory
     are linear in T. Products of up to 64 coefficients are formed (by the kernels, of all coefficients of a segment), so
@@ -59,7 +59,8 @@ def linear_recurrence(x_BTD: Tensor, a_BTD: Tensor, h0_BD: Tensor | None = None)
     dtype = _accumulation_dtype(x_BTD, a_BTD, h0_BD)
     if x_BTD.shape[1] == 1:  # decoding: nothing to scan, and autograd differentiates one step as it is
         x_BD, a_BD = x_BTD[:, 0].to(dtype), a_BTD[:, 0].to(dtype)
-        h_BD = torch.addcmul(x_BD, a_BD, torch.zeros_like(x_BD) if h0_BD is None else h0_BD.to(dtype))
+        past_BD = torch.zeros_like(x_BD) if h0_BD is None else seen(a_BD, h0_BD.to(dtype))
+        h_BD = torch.addcmul(x_BD, a_BD, past_BD)
         return h_BD.unsqueeze(1).to(x_BTD.dtype), h_BD
     h_BTD, h_last_BD = _scan(x_BTD, a_BTD, h0_BD, use_triton(x_BTD.device, torch.promote_types(dtype, x_BTD.dtype)))
     return h_BTD.to(x_BTD.dtype), h_last_BD
@@ -71,9 +72,25 @@ def linear_recurrence_reference(x_BTD: Tensor, a_BTD: Tensor, h0_BD: Tensor | No
     h = torch.zeros_like(x_BTD[:, 0], dtype=dtype) if h0_BD is None else h0_BD.to(dtype)
     states = []
     for x_t, a_t in zip(x_BTD.to(dtype).unbind(1), a_BTD.to(dtype).unbind(1), strict=True):
-        h = a_t * h + x_t
+        h = a_t * seen(a_t, h) + x_t
         states.append(h)
     return torch.stack(states, dim=1).to(x_BTD.dtype), h
+
+
+def seen(a: Tensor, past: Tensor) -> Tensor:
+    """Return the past, with 0 where a coefficient of 0 drops a value that is not finite: their product would be NaN."""
+    return past.masked_fill((a == 0.0) & ~past.isfinite(), 0.0)
+
+
+def exact_zeros(decay: Tensor, drops: Tensor) -> Tensor:
+    """Return a product of coefficients with 0 where one of them was 0, `drops`, and not where it underflowed."""
+    return decay.masked_fill(decay == 0.0, torch.finfo(decay.dtype).tiny).masked_fill(drops, 0.0)
+
+
+def _is_finite(last_BD: Tensor) -> bool:
+    """Tell whether a scan without `seen` was right: what is not finite reaches its last state. Only a CPU is asked,
+    because other devices would have to wait."""
+    return last_BD.device.type == "cpu" and bool(last_BD.isfinite().all())
 
 
 def _accumulation_dtype(*tensors: Tensor | None) -> torch.dtype:
@@ -133,7 +150,7 @@ def _scan_backward(
     dh_BTD: Tensor, dlast_BD: Tensor, a_BTD: Tensor, h_BTD: Tensor, h0_BD: Tensor | None, kernels: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return dx_t = g_t, da_t = g_t * h_{t-1} and dh0 = a_0 * g_0, where g_t = dh_t + a_{t+1} * g_{t+1}, and the last g
-    is dh + dlast."""
+    is dh + dlast. Where a is 0, values of g and h that are not finite are dropped (`seen`)."""
     if kernels:
         from .scan_triton import scan_backward
 
@@ -143,12 +160,15 @@ def _scan_backward(
     _chunked_scan(dh_BTD[:, :-1], a_BTD[:, 1:], g_BTD[:, -1], g_BTD[:, :-1], backwards=True)
     # In place on one copy: on a CPU touching a new large tensor for the first time costs more than the multiplication.
     da_BTD = g_BTD.clone()
-    da_BTD[:, 1:].mul_(h_BTD[:, :-1])
+    before_BTD = h_BTD[:, :-1]
+    if not _is_finite(before_BTD.sum(1)):
+        before_BTD = seen(a_BTD[:, 1:], before_BTD)
+    da_BTD[:, 1:].mul_(before_BTD)
     if h0_BD is None:
         da_BTD[:, 0].zero_()
     else:
-        da_BTD[:, 0].mul_(h0_BD)
-    return g_BTD, da_BTD, a_BTD[:, 0] * g_BTD[:, 0]
+        da_BTD[:, 0].mul_(seen(a_BTD[:, 0], h0_BD))
+    return g_BTD, da_BTD, a_BTD[:, 0] * seen(a_BTD[:, 0], g_BTD[:, 0])
 
 
 @_scan.register_fake
@@ -186,7 +206,22 @@ _scan.register_autograd(_gradient, setup_context=_save_for_gradient)
 
 
 def _chunked_scan(x_BTD: Tensor, a_BTD: Tensor, h0_BD: Tensor, out_BTD: Tensor, *, backwards: bool) -> None:
-    """Write out_t = a_t * out_{t-1} + x_t (backwards: out_{t+1}) from the state h0, in the dtype of `out_BTD`.
+    """Write out_t = a_t * out_{t-1} + x_t from the state h0, in the dtype of `out_BTD`. Backwards, for gradients:
+    out_t = a_t * out_{t+1} + x_t.
+
+    The first try multiplies; if its last state is not finite, or on a device that is not asked, each product is
+    computed from `seen` states, which takes twice as long.
+    """
+    if out_BTD.device.type == "cpu":
+        _scan_chunks(x_BTD, a_BTD, h0_BD, out_BTD, backwards=backwards, selects=False)
+    if not _is_finite(out_BTD[:, 0 if backwards else -1]):
+        _scan_chunks(x_BTD, a_BTD, h0_BD, out_BTD, backwards=backwards, selects=True)
+
+
+def _scan_chunks(
+    x_BTD: Tensor, a_BTD: Tensor, h0_BD: Tensor, out_BTD: Tensor, *, backwards: bool, selects: bool
+) -> None:
+    """Compute `_chunked_scan` with or without `seen`.
 
     Time is split into M chunks of C steps from the side where the scan starts; the last chunk may be shorter. Three
     passes: (1) reduce each chunk but the last, in parallel, to the affine map h -> decay * h + end (C steps); (2) carry
@@ -197,19 +232,21 @@ def _chunked_scan(x_BTD: Tensor, a_BTD: Tensor, h0_BD: Tensor, out_BTD: Tensor, 
     T, dtype = x_BTD.shape[1], out_BTD.dtype
     C = min(math.isqrt(T), _MAX_CHUNK)
     M = math.ceil(T / C)
-    state_BMD = _chunk_states(x_BTD, a_BTD, h0_BD, C, M, backwards=backwards)
+    state_BMD = _chunk_states(x_BTD, a_BTD, h0_BD, C, M, backwards=backwards, selects=selects)
     for c in range(C):
         # Step c of every chunk that has one: a slice of stride C, in memory order for both directions.
         times = slice((T - 1 - c) % C if backwards else c, None, C)
-        x, out = x_BTD[:, times].to(dtype), out_BTD[:, times]
+        x, a, out = x_BTD[:, times].to(dtype), a_BTD[:, times].to(dtype), out_BTD[:, times]
         n = out.shape[1]
         state_BMD = state_BMD[:, -n:] if backwards else state_BMD[:, :n]
-        torch.addcmul(x, a_BTD[:, times].to(dtype), state_BMD, out=out)
+        torch.addcmul(x, a, seen(a, state_BMD) if selects else state_BMD, out=out)
         state_BMD = out
 
 
-def _chunk_states(x_BTD: Tensor, a_BTD: Tensor, h0_BD: Tensor, C: int, M: int, *, backwards: bool) -> Tensor:
-    """Return the state that enters each of the M chunks of `_chunked_scan`, in memory order."""
+def _chunk_states(
+    x_BTD: Tensor, a_BTD: Tensor, h0_BD: Tensor, C: int, M: int, *, backwards: bool, selects: bool
+) -> Tensor:
+    """Return the state that enters each of the M chunks of `_scan_chunks`, in memory order."""
     dtype = h0_BD.dtype
     first = x_BTD.shape[1] - (M - 1) * C if backwards else 0
     stop = first + (M - 1) * C
@@ -218,10 +255,15 @@ def _chunk_states(x_BTD: Tensor, a_BTD: Tensor, h0_BD: Tensor, C: int, M: int, *
         steps.reverse()
     end_BKD = x_BTD[:, steps[0]].to(dtype, copy=True)
     decay_BKD = a_BTD[:, steps[0]].to(dtype, copy=True)
+    drops_BKD = decay_BKD == 0.0
     for times in steps[1:]:
         a = a_BTD[:, times].to(dtype)
-        torch.addcmul(x_BTD[:, times].to(dtype), a, end_BKD, out=end_BKD)
+        torch.addcmul(x_BTD[:, times].to(dtype), a, seen(a, end_BKD) if selects else end_BKD, out=end_BKD)
         decay_BKD.mul_(a)
+        if selects:
+            drops_BKD |= a == 0.0
+    if selects:
+        decay_BKD = exact_zeros(decay_BKD, drops_BKD)
 
     state_BMD = h0_BD.new_empty(h0_BD.shape[0], M, h0_BD.shape[1])
     states = state_BMD.unbind(1)
@@ -230,7 +272,8 @@ def _chunk_states(x_BTD: Tensor, a_BTD: Tensor, h0_BD: Tensor, C: int, M: int, *
         states, chunks = states[::-1], chunks[::-1]
     states[0].copy_(h0_BD)
     for m, (end_BD, decay_BD) in enumerate(chunks):
-        torch.addcmul(end_BD, decay_BD, states[m], out=states[m + 1])
+        past_BD = seen(decay_BD, states[m]) if selects else states[m]
+        torch.addcmul(end_BD, decay_BD, past_BD, out=states[m + 1])
     return state_BMD
 
 
@@ -248,9 +291,8 @@ def linear_recurrence_varlen(
     """Compute `linear_recurrence` of S concatenated sequences, with their states in a pool; for inference.
 
     Sequence s is tokens cu_seqlens[s] to cu_seqlens[s + 1] - 1. It starts from row state_indices_S[s] of the pool (from
-    zeros where has_initial_state_S[s] is False) and stores its last state there. From a token that is not finite on, a
-    sequence is NaN in every channel; the other sequences are not affected. Nothing is read back from the device, so the
-    call can be captured in a CUDA graph.
+    zeros where has_initial_state_S[s] is False) and stores its last state there. What is not finite stays in its
+    sequence. Nothing is read back from the device, except on a CPU, so the call can be captured in a CUDA graph.
 
     Args:
         x_ND: the inputs of all sequences, as in `linear_recurrence`; N tokens.
@@ -279,34 +321,13 @@ def linear_recurrence_varlen(
     # The initial state is added to the first token's input, and the first coefficient set to 0. Empty sequences write
     # to one more row after the tokens.
     first_S = torch.where(is_empty_S, N, starts)
-    x, a = torch.empty((2, N + 1, D), dtype=dtype, device=x_ND.device)
-    x[N] = a[N] = 0.0
-    for padded, given in ((x, x_ND), (a, a_ND)):
-        torch.nan_to_num(given.to(dtype), nan=0.0, posinf=0.0, neginf=0.0, out=padded[:N])
-    x[first_S] = torch.addcmul(x[first_S], a[first_S], h0_SD.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0))
+    x, a = torch.zeros((2, N + 1, D), dtype=dtype, device=x_ND.device)
+    x[:N], a[:N] = x_ND, a_ND
+    x[first_S] = torch.addcmul(x[first_S], a[first_S], seen(a[first_S], h0_SD))
     a[first_S] = 0.0
     h_1ND, _ = linear_recurrence(x[None, :N], a[None, :N])
-    h_ND = h_1ND[0].add_(_taint(x_ND, a_ND, h0_SD, first_S, stops))
-    states_PD[rows] = torch.where(is_empty_S[:, None], before_SD, h_ND[(stops - 1).clamp(min=0)])
-    return h_ND.to(x_ND.dtype)
-
-
-def _taint(x_ND: Tensor, a_ND: Tensor, h0_SD: Tensor, first_S: Tensor, stops: Tensor) -> Tensor:
-    """Return (N, 1): NaN from the first token of a sequence that is not finite, 0 before.
-
-    The scan must not see such values: times the coefficient 0 they would be NaN in the next sequence. Sums find them in
-    one read; a token whose sum overflows float32 counts as infinite.
-    """
-    N, dtype = len(x_ND), h0_SD.dtype
-    is_finite_N = (x_ND.sum(1, dtype=dtype) + a_ND.sum(1, dtype=dtype)).isfinite()
-    is_broken = F.pad((~is_finite_N).long(), (0, 1))
-    is_broken[first_S] |= (~h0_SD.sum(1).isfinite()).long()
-    count = is_broken.cumsum(0)
-    before_S = (count - is_broken)[first_S]
-    token = torch.arange(N, device=x_ND.device)
-    sequence_N = torch.searchsorted(stops, token, right=True).clamp_(max=len(stops) - 1)
-    is_tainted_N = count[:N] > before_S[sequence_N]
-    return torch.zeros_like(h0_SD[:1, :1]).masked_fill(is_tainted_N[:, None], torch.nan)
+    states_PD[rows] = torch.where(is_empty_S[:, None], before_SD, h_1ND[0, (stops - 1).clamp(min=0)])
+    return h_1ND[0].to(x_ND.dtype)
 
 
 def _check_varlen(

@@ -17,13 +17,15 @@ from .triton_tools import (
     OPTIONS,
     SIZES,
     UNROLLED,
+    advance,
     allocate,
+    compose,
     compose_summaries,
-    finite,
     load_rows,
     on_device,
     own_row,
     rows_of_channels,
+    seen,
     segments,
     summaries,
     tl,
@@ -59,9 +61,9 @@ def scan_kernel(
         x = load_rows(x_ptr, x_stride_T, start, T, is_channel, 0.0, ROWS)
         a = load_rows(a_ptr, a_stride_T, start, T, is_channel, 1.0, ROWS)
         for k in tl.static_range(ROWS):
-            h = a[k] * h + x[k]
+            h = advance(a[k], h, x[k])
             if SUMMARY:
-                decay = finite(a[k] * decay)
+                decay = compose(a[k], decay)
             else:
                 out = h_ptr + (b * T + start + k) * D + channel
                 tl.store(out, h.to(h_ptr.dtype.element_ty), mask=within(is_channel, start + k, T))
@@ -106,13 +108,13 @@ def scan_backward_kernel(
             before = load_rows(h_ptr + b * T * D + channel, D, start - 1, T, is_channel, 0.0, ROWS)
         for k in tl.static_range(ROWS - 1, -1, -1):
             g = dh[k] + G
-            G = a[k] * g
+            G = advance(a[k], g, 0.0)
             if SUMMARY:
-                decay = finite(a[k] * decay)
+                decay = compose(a[k], decay)
             else:
                 t = start + k
                 inside, offset = within(is_channel, t, T), (b * T + t) * D + channel
-                da = g * tl.where(t == 0, h0, before[k])
+                da = g * seen(a[k], tl.where(t == 0, h0, before[k]))
                 tl.store(dx_ptr + offset, g.to(dx_ptr.dtype.element_ty), mask=inside)
                 tl.store(da_ptr + offset, da.to(da_ptr.dtype.element_ty), mask=inside)
     if SUMMARY:

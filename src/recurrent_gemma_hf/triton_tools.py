@@ -22,9 +22,9 @@ except ImportError as error:
     raise ImportError('backend "triton" needs the triton package: pip install triton') from error
 
 __all__ = [
-    "CHANNELS", "OPTIONS", "SIZES", "UNROLLED", "allocate", "compose_summaries", "finite", "flag", "gelu",
-    "is_interpreted", "load_rows", "on_device", "own_row", "row_stride", "rows_of_channels", "segments", "sigmoid",
-    "softplus", "summaries", "tl", "triton", "within",
+    "CHANNELS", "OPTIONS", "SIZES", "UNROLLED", "advance", "allocate", "compose", "compose_summaries", "flag", "gelu",
+    "is_interpreted", "load_rows", "on_device", "own_row", "row_stride", "rows_of_channels", "seen", "segments",
+    "sigmoid", "softplus", "summaries", "tl", "triton", "within",
 ]  # fmt: skip
 
 # Measured on an H200 (benchmarks/LOG.md). Constants, so that the same input gives the same bits on every GPU.
@@ -125,14 +125,30 @@ def compose_summaries(h, decay_ptr, end_ptr, b, segment, S, D, channel):
     for s in range(segment):
         decay = tl.load(decay_ptr + first + s * D + channel, mask=channel < D, other=0.0)
         end = tl.load(end_ptr + first + s * D + channel, mask=channel < D, other=0.0)
-        h = decay * h + end
+        h = advance(decay, h, end)
     return h
 
 
 @triton.jit
-def finite(decay):
-    """Clamp an overflowed product: inf times a state of 0 would be NaN."""
-    return tl.minimum(tl.maximum(decay, -3.0e38), 3.0e38)
+def advance(a, h, x):
+    """Compute a h + x, where a coefficient of 0 drops the past whatever it is: 0 times NaN would be NaN."""
+    return tl.where(a == 0.0, x, a * h + x)
+
+
+@triton.jit
+def seen(a, h):
+    """Return h, with 0 where a coefficient of 0 drops a value that is not finite."""
+    return tl.where((a == 0.0) & ((tl.abs(h) <= 3.4e38) == 0), 0.0, h)
+
+
+@triton.jit
+def compose(a, decay):
+    """Compute the product a decay within the range of float32: infinity times a state of 0 would be NaN, and only a
+    coefficient of 0 makes a product of 0."""
+    product = a * decay
+    product = tl.where(product > 3.0e38, 3.0e38, tl.where(product < -3.0e38, -3.0e38, product))
+    product = tl.where(tl.abs(product) < 2.0e-38, 2.0e-38, product)
+    return tl.where((a == 0.0) | (decay == 0.0), 0.0, product)
 
 
 @triton.jit

@@ -9,9 +9,14 @@ Shapes: B batch, T tokens (columns), V vocabulary.
 
 import copy
 import functools
+import gc
 import itertools
 import os
+import pickle
+import random
+import signal
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -23,8 +28,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from recurrent_gemma_hf import RecurrentGemmaCache, RecurrentGemmaConfig, RecurrentGemmaForCausalLM
+from recurrent_gemma_hf.cache_file import write_file
 from tests import helpers
-from tests.helpers import build, gradients, tiny_config
+from tests.helpers import FUZZ_ROUNDS, build, gradients, tiny_config
 
 WINDOW = 8
 VARIANTS = ["recurrentgemma", "wide_lru", "hawk", "attention_first", "attention_only"]
@@ -473,7 +479,7 @@ def test_a_file_is_replaced_whole_and_nothing_else_is_left(tmp_path: Path, monke
     def full_disk(*args, **kwargs):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("recurrent_gemma_hf.cache_recurrent_gemma.save_file", full_disk)
+    monkeypatch.setattr("recurrent_gemma_hf.cache_file.save_file", full_disk)
     with pytest.raises(OSError, match="no space left"):
         prefilled(columns=12).save(path)
     assert path.read_bytes() == before
@@ -709,6 +715,12 @@ def test_a_foreign_safetensors_file_is_refused(tmp_path: Path, metadata: dict | 
         RecurrentGemmaCache.load(path, model_of().config)
 
 
+def metadata_of(path: Path) -> dict[str, str]:
+    """What `write_file` was given."""
+    with safe_open(path, "pt") as file:
+        return {name: value for name, value in file.metadata().items() if name not in ("format", "contents")}
+
+
 def test_a_file_of_another_config_is_refused(tmp_path: Path):
     path = tmp_path / "prompt.safetensors"
     prefilled("wide_lru").save(path)
@@ -722,8 +734,7 @@ def test_a_file_with_other_tensors_is_refused(tmp_path: Path):
     cache.save(path)
     tensors = load_file(path)
     tensors["layers.9.keys"] = tensors.pop("layers.2.keys")
-    metadata = {"format": "recurrent_gemma_cache_v1", "fingerprint": cache.config.fingerprint(), "columns": "20"}
-    save_file(tensors, path, metadata=metadata)
+    write_file(path, tensors, metadata_of(path))
     with pytest.raises(ValueError, match=r"lacks or has too many tensors: layers.2.keys, layers.9.keys"):
         RecurrentGemmaCache.load(path, model_of().config)
 
@@ -749,10 +760,9 @@ DAMAGE = {
 def test_damaged_tensors_are_refused(tmp_path: Path, damage: str):
     path, (name, change, message) = tmp_path / "prompt.safetensors", DAMAGE[damage]
     prefilled().save(path)
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata()
-    tensors = load_file(path)
-    save_file({**tensors, name: change(tensors[name])}, path, metadata=metadata)
+    tensors, metadata = load_file(path), metadata_of(path)
+    tensors[name] = change(tensors[name])
+    write_file(path, tensors, metadata)
     with pytest.raises(ValueError, match=rf"prompt.safetensors .*{message}"):
         RecurrentGemmaCache.load(path, model_of().config)
 
@@ -760,10 +770,12 @@ def test_damaged_tensors_are_refused(tmp_path: Path, damage: str):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"columns": "many"}, "has a damaged count of columns, 'many'"),
-        ({"columns": None}, "has a damaged count of columns, 'none'"),
-        ({"columns": "-3"}, "has a damaged count of columns, '-3'"),
-        ({"fingerprint": None}, "belongs to another config"),
+        ({"columns": "many"}, "is damaged: its contents do not have the fingerprint"),
+        ({"columns": None}, "is damaged: "),
+        ({"fingerprint": None}, "is damaged: "),
+        ({"weights": "{}"}, "is damaged: "),
+        ({"contents": None}, "is damaged: "),
+        ({"format": "recurrent_gemma_cache_v1"}, "was written by an older version, without fingerprints"),
         ({"format": "recurrent_gemma_cache_v0"}, "was not written by RecurrentGemmaCache.save"),
     ],
 )
@@ -775,6 +787,85 @@ def test_damaged_metadata_is_refused(tmp_path: Path, changes: dict, message: str
     save_file(load_file(path), path, metadata={k: v for k, v in metadata.items() if v is not None})
     with pytest.raises(ValueError, match=rf"prompt.safetensors {message}"):
         RecurrentGemmaCache.load(path, model_of().config)
+
+
+def test_every_flipped_bit_is_found(tmp_path: Path):
+    """In the header and in the tensors, and every kind of end."""
+    path, broken = tmp_path / "prompt.safetensors", tmp_path / "broken.safetensors"
+    prefilled().save(path)
+    content, draw = path.read_bytes(), random.Random(0)
+    header = int.from_bytes(content[:8], "little") + 8
+    for i in range(300 * FUZZ_ROUNDS):
+        place = draw.randrange(header) if i % 3 == 0 else draw.randrange(len(content))
+        changed = bytearray(content)
+        changed[place] ^= 1 << draw.randrange(8)
+        broken.write_bytes(changed if i % 5 else content[:place] + content[place + draw.randrange(1, 9) :])
+        with pytest.raises(ValueError, match=r"broken.safetensors (is|belongs|was|has|lacks)"):
+            RecurrentGemmaCache.load(broken, model_of().config)
+
+
+def test_a_save_that_is_killed_leaves_the_file_before_or_after_it(tmp_path: Path):
+    """50 processes are killed while they save two states in turns, after a random time within one save."""
+    path, draw, found = tmp_path / "state.safetensors", random.Random(1), set()
+    model = build(config_of("recurrentgemma", lru_width=4096))
+    caches = [RecurrentGemmaCache(model.config) for _ in range(2)]
+    for columns, cache in enumerate(caches, start=1):
+        forward(model, cache, tokens(1, 2), None, 0, columns)
+    wanted = {cache.get_seq_length(): tensors_of(cache) for cache in caches}
+    caches[0].save(path)
+    start = time.perf_counter()
+    caches[0].save(path)
+    seconds = time.perf_counter() - start
+    for _ in range(50):
+        child = os.fork()
+        if child == 0:
+            while True:
+                for cache in caches:
+                    cache.save(path)
+        time.sleep(draw.uniform(0.5, 6) * seconds)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        loaded = RecurrentGemmaCache.load(path, model.config)
+        found.add(loaded.get_seq_length())
+        for name, tensor in tensors_of(loaded).items():
+            assert torch.equal(tensor, wanted[loaded.get_seq_length()][name])
+    assert found == {1, 2}
+
+
+def test_other_weights_of_the_same_shape_are_refused(tmp_path: Path):
+    model, ids = copy.deepcopy(model_of()), tokens(2, 30)
+    prefilled().save(tmp_path / "prompt.safetensors")
+
+    def go_on(model):
+        cache = RecurrentGemmaCache.load(tmp_path / "prompt.safetensors", model.config)
+        cache.save(tmp_path / "again.safetensors")  # nothing is lost where no model has run
+        return forward(model, RecurrentGemmaCache.load(tmp_path / "again.safetensors", model.config), ids, None, 20, 30)
+
+    assert_same(go_on(model), alone(model_of(), ids, ids > 0)[:, 20:])
+    go_on(copy.deepcopy(model).bfloat16())  # the same checkpoint in another dtype
+    with torch.no_grad():
+        model.model.layers[2].temporal_block.q_proj.weight.mul_(1.01)  # one matrix, as an adapter changes it
+    with pytest.raises(
+        ValueError, match=r"other weights \(layers.2.temporal_block.q_proj.weight differ\): load it with"
+    ):
+        go_on(model)
+    cache = RecurrentGemmaCache.load(tmp_path / "prompt.safetensors", model.config)
+    with pytest.raises(ValueError, match="other weights"):
+        cache.check(model, 2)
+
+
+def test_a_cache_whose_model_is_gone_is_not_saved(tmp_path: Path):
+    model = copy.deepcopy(model_of())
+    cache = RecurrentGemmaCache(model.config)
+    forward(model, cache, tokens(2, 5), None, 0, 5)
+    copies = [cache, cache.fork(), pickle.loads(pickle.dumps(cache))]
+    del model
+    gc.collect()
+    for each in copies:
+        with pytest.raises(ValueError, match=r"the model that filled this cache is gone .* call cache.check\(model"):
+            each.save(tmp_path / "prompt.safetensors")
+    cache.check(model_of(), 2)
+    cache.fork(3).save(tmp_path / "prompt.safetensors")
 
 
 def test_a_link_stays_and_nothing_but_a_file_is_replaced(tmp_path: Path):

@@ -380,7 +380,8 @@ def test_no_mistake_ends_a_chat(checkpoint, tmp_path):
     state = tmp_path / "other-state"
     succeed("chat", "-m", other, *GREEDY, stdin=f"Hello\n/save {state}\n")
     pair = RecurrentGemmaCache(RecurrentGemmaConfig.from_pretrained(checkpoint))
-    RecurrentGemmaForCausalLM.from_pretrained(checkpoint)(torch.tensor([[2, 9], [2, 10]]), past_key_values=pair)
+    model = RecurrentGemmaForCausalLM.from_pretrained(checkpoint)
+    model(torch.tensor([[2, 9], [2, 10]]), past_key_values=pair)
     pair.save(tmp_path / "pair")
     lines = ["/save", f"/save {tmp_path / 'x'}", "/load", f"/load {tmp_path / 'none'}", f"/load {foreign}"]
     lines += [f"/load {state}", f"/load {tmp_path / 'pair'}", "/dance", "Hello", f"/save {tmp_path / 'no' / 'folder'}"]

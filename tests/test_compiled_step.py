@@ -81,7 +81,13 @@ def test_columns_counted_by_a_compiled_step_are_not_lost(tmp_path):
         compiled(ids, past_key_values=cache)
         cache.batch_repeat_interleave(2)
         assert cache.get_seq_length() == 18
+        with pytest.raises(
+            torch._dynamo.exc.Unsupported, match=r"call cache.check\(model, rows\) before compiled code"
+        ):
+            compiled(ids, past_key_values=loaded)
+        loaded.check(model, 1)
         compiled(ids, past_key_values=loaded)
+        assert loaded.get_seq_length() == 16
         loaded.reset()
         assert loaded.get_seq_length() == 0
 

@@ -15,7 +15,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 CARRIED = (
     "transformers_compat configuration_recurrent_gemma backend cross_entropy triton_tools scan_triton scan "
     "causal_conv1d_triton causal_conv1d rg_lru_triton rg_lru_step_triton rg_lru cpu_linear "
-    "cache_recurrent_gemma inputs attention tensor_parallel generation modeling_recurrent_gemma"
+    "cache_file cache_recurrent_gemma inputs attention tensor_parallel generation modeling_recurrent_gemma"
 ).split()
 OPERATIONS = CARRIED[CARRIED.index("backend") : CARRIED.index("cache_recurrent_gemma")]
 

@@ -10,20 +10,19 @@ static cache. Each row of a batch counts its own tokens, and padding is never st
 from __future__ import annotations
 
 import copy
+import json
 import os
-import threading
-from pathlib import Path
+import weakref
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from torch import nn
 from transformers import Cache, CacheLayerMixin, EncoderDecoderCache, StaticCache
 
+from .cache_file import check_weights, read_file, weight_fingerprints, write_file
 from .configuration_recurrent_gemma import RecurrentGemmaConfig, fingerprint_of
 from .transformers_compat import LinearAttentionCacheLayerMixin
 
-FORMAT = "recurrent_gemma_cache_v1"
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 
 
@@ -437,6 +436,8 @@ class RecurrentGemmaCache(Cache):
         ]
         super().__init__(layers=layers)
         self._made_for = config.cache_fields()  # compared instead of a hash, which torch.compile cannot trace
+        self._model: Any = None  # a weak reference to the model that filled it
+        self._saved_weights: dict[str, str] | None = None  # of a loaded file, until a model is compared with them
 
     @classmethod
     def adopt(cls, cache: Cache, config: RecurrentGemmaConfig) -> RecurrentGemmaCache:
@@ -468,8 +469,10 @@ class RecurrentGemmaCache(Cache):
         cls.__init__(cache, config, static=is_static)
         return cache
 
-    def check(self, config: RecurrentGemmaConfig, batch_size: int) -> None:
-        """Raise ValueError unless this cache fits `batch_size` rows of a model with this `config`."""
+    def check(self, model: nn.Module, batch_size: int) -> None:
+        """Raise ValueError unless this cache fits `batch_size` rows of `model`, and its weights if it was loaded from
+        a file; the model calls this before it changes anything."""
+        config: Any = model.config
         if config is not self.config and config.cache_fields() != self._made_for:
             differing = ", ".join(
                 f"{name}={value!r} instead of {self._made_for[name]!r}"
@@ -485,6 +488,12 @@ class RecurrentGemmaCache(Cache):
                 f"this cache holds a batch of {self.batch_size} sequences, the input has {batch_size}; use a new "
                 "RecurrentGemmaCache, or batch_repeat_interleave / batch_select_indices"
             )
+
+        if self._saved_weights is not None:
+            check_weights(self._saved_weights, model)
+            self._saved_weights = None
+        if not torch.compiler.is_compiling():
+            self._model = weakref.ref(model)
 
     def begin_forward(
         self,
@@ -669,64 +678,67 @@ class RecurrentGemmaCache(Cache):
     def fork(self, repeats: int = 1) -> RecurrentGemmaCache:
         """Return an independent copy, each row `repeats` times, for several continuations of one prompt."""
         copied = copy.deepcopy(self, {id(self.config): self.config})
+        copied._model = self._model
         if repeats != 1:
             copied.batch_repeat_interleave(repeats)
         return copied
 
     # --- Persistence ---
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_model": None}  # a weak reference cannot be pickled
+
     def save(self, path: str | os.PathLike) -> None:
-        """Write the state (not the record) as safetensors, in constant size, atomically.
+        """Write the state (not the record) as safetensors, in constant size, atomically, with fingerprints of the
+        config, of the model's weights (`weight_fingerprints`) and of the contents.
 
         Raises:
-            ValueError: the cache is empty, or `path` is a folder or a device.
+            ValueError: the cache is empty, its model is unknown, or `path` is a folder or a device.
             OSError: the file cannot be written.
         """
         if self.progress.lengths is None:
             raise ValueError("this cache is empty; run the model over a prompt before saving it")
+        model, weights = None if self._model is None else self._model(), self._saved_weights
+        if model is not None:
+            weights = weight_fingerprints(model)
+        if weights is None:
+            raise ValueError(
+                "the model that filled this cache is gone or ran in compiled code alone, and a file needs the "
+                "fingerprint of its weights; call cache.check(model, cache.batch_size) before"
+            )
         tensors = {
             f"layers.{i}.{name}": tensor.contiguous().cpu()
             for i, layer in enumerate(self.layers)
             for name, tensor in layer.tensors().items()
         }
         tensors["lengths"] = self.progress.lengths.cpu()
-        fingerprint = fingerprint_of(self._made_for)
-        metadata = {"format": FORMAT, "fingerprint": fingerprint, "columns": str(self.progress.columns)}
-        target = Path(os.path.realpath(path))  # a link stays a link
-        if target.exists() and not target.is_file():
-            raise ValueError(f"{path} is not a file (a folder or a device); give the name of a file")
-        temporary = target.with_name(f".{target.name}.{os.getpid()}.{threading.get_ident()}.tmp")
-        try:
-            save_file(tensors, temporary, metadata=metadata)
-            temporary.replace(target)
-        except SafetensorError as error:
-            raise OSError(f"{path} cannot be written: {error}") from error
-        finally:
-            temporary.unlink(missing_ok=True)
+        metadata = {
+            "fingerprint": fingerprint_of(self._made_for),
+            "weights": json.dumps(weights),
+            "columns": str(self.progress.columns),
+        }
+        write_file(path, tensors, metadata)
 
     @classmethod
     def load(
         cls, path: str | os.PathLike, config: RecurrentGemmaConfig, device: torch.device | str = "cpu", **kwargs: Any
     ) -> RecurrentGemmaCache:
-        """Return the cache that `save` wrote, for a model with this `config`; raise ValueError for any other file."""
+        """Return the cache that `save` wrote, for a model with this `config`. The first forward, or `check`, compares
+        the model's weights with those that it was saved with.
+
+        Raises:
+            ValueError: the file is damaged, or of another kind or config.
+            OSError: the file cannot be read.
+        """
         cache = cls(config, **kwargs)
-        try:
-            with safe_open(path, framework="pt", device=str(device)) as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-        except SafetensorError as error:
-            raise ValueError(f"{path} is not a complete safetensors file ({error}); save the cache again") from error
-        if metadata.get("format") != FORMAT:
-            raise ValueError(f"{path} was not written by RecurrentGemmaCache.save (format {metadata.get('format')!r})")
-        fingerprint, columns = metadata.get("fingerprint", "none"), metadata.get("columns", "none")
-        if fingerprint != config.fingerprint():
+        tensors, metadata = read_file(path)
+        if metadata["fingerprint"] != config.fingerprint():
             raise ValueError(
-                f"{path} belongs to another config (fingerprint {fingerprint[:12]}, this model has "
+                f"{path} belongs to another config (fingerprint {metadata['fingerprint'][:12]}, this model has "
                 f"{config.fingerprint()[:12]}); load it with the model that wrote it"
             )
-        if not (columns.isascii() and columns.isdigit()):
-            raise ValueError(f"{path} has a damaged count of columns, {columns!r}; save the cache again")
-        cache._restore(tensors, int(columns), path)
+        cache._restore({name: tensor.to(device) for name, tensor in tensors.items()}, int(metadata["columns"]), path)
+        cache._saved_weights = json.loads(metadata["weights"])
         return cache
 
     def _restore(self, tensors: dict[str, torch.Tensor], columns: int, path: str | os.PathLike) -> None:

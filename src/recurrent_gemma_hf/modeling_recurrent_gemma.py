@@ -535,7 +535,7 @@ class RecurrentGemmaModel(RecurrentGemmaPreTrainedModel):
         check_attention(self.config, mask, T, cache is not None)
         start: torch.Tensor | int = mask.seen
         if cache is not None:
-            cache.check(self.config, B)
+            cache.check(self, B)
             start = cache.token_counts(x.device)
         x, columns = Columns.locate(x, mask.is_token, position_ids, start, keeps_state=cache is not None)
         is_flash = "flash" in self.config._attn_implementation

@@ -77,6 +77,7 @@ class Conversation:
         cache = RecurrentGemmaCache.load(path, self.model.config, device=self.model.device)
         if cache.batch_size != 1:
             raise ValueError(f"{path} holds {cache.batch_size} conversations; a chat goes on from exactly one")
+        cache.check(self.model, 1)
         self.cache, self.pending = cache, []
         return cache.get_seq_length()
 

@@ -18,7 +18,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import recurrent_gemma_hf
-from recurrent_gemma_hf import PRESETS, RecurrentGemmaCache, RecurrentGemmaConfig, RecurrentGemmaForCausalLM
+from recurrent_gemma_hf import (
+    PRESETS,
+    RecurrentGemmaCache,
+    RecurrentGemmaConfig,
+    RecurrentGemmaForCausalLM,
+    demo_checkpoint,
+)
 from recurrent_gemma_hf.cli import conversation, shared
 from tests.helpers import byte_config
 from tests.helpers import run_command as run
@@ -222,14 +228,26 @@ def test_serve_without_what_it_needs_says_what_to_install(monkeypatch):
     assert_one_line(run("serve", "--port", "1"), r'run: pip install "transformers\[serving\]"')
 
 
-def test_serve_is_that_of_transformers_with_our_model(monkeypatch):
+def test_serve_is_that_of_transformers_with_our_model(checkpoint, monkeypatch):
     """tests/serving asks a server; here is what it is told."""
-    calls = []
+    calls, demo = [], demo_checkpoint()
     monkeypatch.setattr("transformers.cli.transformers.app", lambda arguments, prog_name: calls.append(arguments))
+    monkeypatch.setattr("recurrent_gemma_hf.transformers_compat.wrap_server", lambda wrap: calls.append(wrap))
     # Last: what is imported after it takes its word.
     monkeypatch.setattr("transformers.utils.import_utils.is_serve_available", lambda: True)
+    for arguments in (
+        [checkpoint, "--port", "1"],
+        ["-m", checkpoint, "--port", "1"],
+        ["--port", "1", "-m", checkpoint],
+    ):
+        succeed("serve", *arguments)
+        assert calls[1:] == [["serve", str(checkpoint), "--port", "1"]]
+        calls.clear()
     succeed("serve", "some/model", "--port", "1", "--help")
-    assert calls == [["serve", "some/model", "--port", "1", "--help"]]
+    succeed("serve", "--port", "1")
+    assert [calls[0], calls[2]] == [["serve", "--help"], ["serve", demo, "--port", "1"]]
+    assert_one_line(run("serve", "./nowhere"), "there is no folder ./nowhere; give")
+    assert_one_line(run("serve", "a/b", "-m", "c/d"), "two models are given, c/d and a/b; a server has one")
     # Not the module that this file imported: transformers may have put another in its place since.
     from transformers import RecurrentGemmaForCausalLM as served
 

@@ -9,6 +9,8 @@ auto_classes.py, which must not import Transformers. This file is part of the co
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -247,6 +249,21 @@ def transformers_command() -> Any:
     return app
 
 
+def wrap_server(wrap: Callable[[Any], None]) -> None:
+    """Have `wrap` called with the application that `transformers serve` builds, before it listens."""
+    from transformers.cli.serving import server
+
+    build = server.build_server
+
+    @functools.wraps(build)
+    def build_and_wrap(*args: Any, **kwargs: Any) -> Any:
+        app = build(*args, **kwargs)
+        wrap(app)
+        return app
+
+    server.build_server = build_and_wrap
+
+
 __all__ = [
     "ACT2FN",
     "ALL_ATTENTION_FUNCTIONS",
@@ -272,4 +289,5 @@ __all__ = [
     "transformers_command",
     "unread_columns",
     "with_both_cache_names",
+    "wrap_server",
 ]

@@ -5,9 +5,11 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import openai
+import psutil
 import pytest
 from conftest import MESSAGES, Oracle, free_port, http_server
 from transformers import AutoTokenizer
@@ -18,9 +20,19 @@ GREEDY = '{"do_sample": false, "max_new_tokens": 16, "min_new_tokens": 16, "eos_
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def server(chat_demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     port = free_port()
-    command = [COMMANDS / "recurrent-gemma", "serve", "--port", port, "--device", "cpu", "--dtype", "float32"]
+    command = [
+        COMMANDS / "recurrent-gemma",
+        "serve",
+        chat_demo,
+        "--port",
+        port,
+        "--device",
+        "cpu",
+        "--dtype",
+        "float32",
+    ]
     with http_server(command, tmp_path_factory.mktemp("log") / "server.log", port) as address:
         yield address
 
@@ -56,3 +68,45 @@ def test_transformers_chat(server: str, chat_demo: Path, demo_oracle: Oracle, tm
     words = re.findall(r"\w+", expected)
     assert len(words) > 3
     assert re.search(r"\W+".join(words[:-1]), done.stdout), f"not {expected!r} in {done.stdout!r}"
+
+
+def test_no_other_model_and_no_bad_argument(client: openai.OpenAI, demo: str, chat_demo: Path, check_text):
+    """A folder of the machine that the server was not started with is 404, though it holds a model; every bad argument
+    is in tests/test_cli_guard.py."""
+    options = {"prompt": "ROMEO:", "extra_body": {"generation_config": GREEDY}}
+    for name in (demo, "/etc", "google/recurrentgemma-2b"):
+        with pytest.raises(openai.NotFoundError, match="there is no model"):
+            client.completions.create(model=name, **options)
+    for change in ({"max_tokens": -1}, {"temperature": -1.0}, {"stop": ["x"] * 40}, {"prompt": ""}, {"best_wish": 3}):
+        with pytest.raises((openai.BadRequestError, openai.UnprocessableEntityError)):
+            client.completions.create(model="demo", extra_body=change, prompt="ROMEO:")
+    tokenizer = AutoTokenizer.from_pretrained(chat_demo)
+    answer = client.completions.create(model="demo", **options)  # the folder's last name
+    check_text(tokenizer("ROMEO:")["input_ids"], answer.choices[0].text, tokens=16)
+    assert [model.id for model in client.models.list()] == ["demo"]
+    with pytest.raises(openai.NotFoundError):
+        client.post("/../reset", cast_to=object)
+
+
+def test_many_connections_and_clients_that_leave(client: openai.OpenAI, server: str):
+    """200 connections at a time, every fourth of which leaves in the middle of its stream; the memory does not grow."""
+    process = next(
+        connection.pid for connection in psutil.net_connections()
+        if connection.status == psutil.CONN_LISTEN and connection.laddr.port == int(server.rsplit(":")[-1])
+    )  # fmt: skip
+    config = '{"do_sample": false, "max_new_tokens": 4, "min_new_tokens": 4, "eos_token_id": null}'
+
+    def ask(i: int) -> str:
+        options = {"model": "demo", "prompt": f"{i}: ROMEO", "extra_body": {"generation_config": config}}
+        if i % 4:
+            return client.completions.create(**options).choices[0].text
+        with client.completions.create(stream=True, **options) as stream:
+            next(iter(stream))
+        return "left"
+
+    sizes = []
+    for _ in range(3):
+        with ThreadPoolExecutor(200) as pool:
+            assert all(pool.map(ask, range(200)))
+        sizes.append(psutil.Process(process).memory_info().rss / 2**20)
+    assert sizes[2] < sizes[1] + 30, sizes

@@ -118,7 +118,7 @@ def expected_continuation(checkpoint: Path, prompt_ids: list[int], max_new_token
 
 
 def decode(checkpoint: Path, tokens: list[int]) -> str:
-    return AutoTokenizer.from_pretrained(checkpoint).decode(tokens, skip_special_tokens=True)
+    return shared.harmless(AutoTokenizer.from_pretrained(checkpoint).decode(tokens, skip_special_tokens=True))
 
 
 # --- generate ---
@@ -450,6 +450,57 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(checkpoint, monkeypatch):
     ids += first + tokenizer("\n" + TURNS[1], add_special_tokens=False)["input_ids"]
     second = expected_continuation(checkpoint, ids)
     assert result.stdout == decode(checkpoint, first) + "\n" + decode(checkpoint, second) + "\n"
+
+
+def _interrupt():
+    signal.raise_signal(signal.SIGINT)
+    signal.raise_signal(signal.SIGINT)
+
+
+def _fail():
+    raise RuntimeError("out of\nmemory")
+
+
+@pytest.mark.parametrize(
+    ("event", "message"), [(_interrupt, ""), (_fail, "no answer: out of memory; the conversation")]
+)
+def test_a_second_ctrl_c_or_an_error_leaves_the_conversation_as_it_was(checkpoint, event, message, monkeypatch):
+    """In the middle of a forward, where the first layer has read the question and the others have not."""
+    lost, asked = "What is lost?", []
+    attention = RecurrentGemmaForCausalLM.from_pretrained(checkpoint).model.layers[2].temporal_block.__class__
+    encode, forward = conversation.Conversation._encode, attention.forward
+
+    def encode_and_note(self, text):
+        asked.append(text)
+        return encode(self, text)
+
+    def forward_unless_lost(self, *args, **kwargs):
+        if asked[-1] == lost:
+            event()
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(conversation.Conversation, "_encode", encode_and_note)
+    monkeypatch.setattr(attention, "forward", forward_unless_lost)
+    result = succeed("chat", "-m", checkpoint, *GREEDY, stdin="\n".join([TURNS[0], lost, TURNS[1]]))
+    asked.append("")  # what the expected answers run
+    expected = expected_chat(checkpoint, TURNS[:2], "<bos>LINE", "\nLINE").splitlines()
+    assert [line for line in result.stdout.splitlines() if line] == expected
+    assert message in result.stderr
+    assert result.stderr.count("no answer") == bool(message)
+
+
+def test_what_a_terminal_would_obey_is_shown_as_its_code(checkpoint, tmp_path, capsys):
+    dangers, shown = "\x1b]0;owned\x07\x1b[2J\x08\x9b31m\u202e", r"\x1b]0;owned\x07\x1b[2J\x08\x9b31m\u202e"
+    meter = conversation.Meter(AutoTokenizer.from_pretrained(checkpoint), echo=False)
+    meter.on_finalized_text(f"a\tb\n{dangers}\r\0 é 漢 🙂", stream_end=True)
+    assert capsys.readouterr().out == f"a\tb\n{shown}\\x0d\\x00 é 漢 🙂\n"
+    assert_one_line(run("generate", "x", "-m", f"no{dangers}where"), re.escape(shown))
+    result = succeed("chat", "-m", checkpoint, *GREEDY, stdin=f"/load {tmp_path}/{dangers}\n/{dangers}\n")
+    assert result.stderr.count(shown) == 2
+    assert not set(result.stderr) & set("\x1b\x07\x08\x9b\u202e")
+    folder = tmp_path / "\x1b[31mred"
+    shutil.copytree(checkpoint, folder)
+    assert "\x1b" not in succeed("info", "-m", folder).stdout
 
 
 # --- info ---

@@ -67,17 +67,20 @@ def chat(
     while True:
         try:
             line = _read_stdin(lambda: input("> " if interactive else "")).strip()
+            if line == "/quit":
+                return
+            if line.startswith("/"):
+                note(_execute(conversation, line))
+            elif line:
+                conversation.ask(line)
         except EOFError:
             return
         except KeyboardInterrupt:
             typer.echo()
-            continue
-        if line == "/quit":
-            return
-        if line.startswith("/"):
-            note(_execute(conversation, line))
-        elif line:
-            conversation.ask(line)
+        except BrokenPipeError:  # nobody reads any more
+            raise
+        except (OSError, ValueError, RuntimeError, MemoryError) as error:
+            note(f"no answer: {_one_line(error)}; the conversation is as before the question")
 
 
 def _execute(conversation: Conversation, line: str) -> str:
@@ -97,7 +100,11 @@ def _execute(conversation: Conversation, line: str) -> str:
             return f"saved in {path}; recurrent-gemma chat with the same model and /load {path} go on from here"
         return f"going on after {conversation.load(path)} tokens"
     except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: a home folder that there is not
-        return f"{command} failed: {' '.join(str(error).split())}"
+        return f"{command} failed: {_one_line(error)}"
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _read_prompt(prompt: str | None) -> str:

@@ -17,6 +17,7 @@ import torch
 from transformers import PreTrainedTokenizerBase, StoppingCriteriaList, TextStreamer
 
 from .. import RecurrentGemmaCache, RecurrentGemmaForCausalLM
+from .shared import harmless
 
 # Tokens of a prompt per forward, so that a book takes no more memory than a page.
 PREFILL_CHUNK = 4096
@@ -42,11 +43,12 @@ class Conversation:
         self.pending: list[int] = []
 
     def ask(self, text: str, *, echo: bool = False) -> str:
-        """Stream the answer to `text` to stdout, preceded by `text` if `echo`; return a line about the speed."""
+        """Stream the answer to `text` to stdout, preceded by `text` if `echo`; return a line about the speed. After an
+        error or a second Ctrl-C the conversation is as before."""
         past = self.cache.get_seq_length()
         new = self.pending + self._encode(text)
         meter = Meter(self.tokenizer, echo)
-        with _interrupt_as_criterion() as interrupted:
+        with self._restored(), _interrupt_as_criterion() as interrupted:
             output = self.model.generate(
                 torch.tensor([new], device=self.model.device),
                 # A mask of the whole conversation tells generate() that these are only the new tokens.
@@ -66,7 +68,7 @@ class Conversation:
     def save(self, path: Path) -> None:
         """Run the model over the pending token and write the cache to `path`, in constant size."""
         if self.pending:
-            with torch.no_grad():
+            with self._restored(), torch.no_grad():
                 pending = torch.tensor([self.pending], device=self.model.device)
                 self.model(pending, cache=self.cache, logits_to_keep=1)
             self.pending = []
@@ -80,6 +82,16 @@ class Conversation:
         cache.check(self.model, 1)
         self.cache, self.pending = cache, []
         return cache.get_seq_length()
+
+    @contextmanager
+    def _restored(self) -> Iterator[None]:
+        """After any error restore the cache, which a forward that breaks off leaves half written."""
+        before = self.cache.fork()  # 17 MB for 2B
+        try:
+            yield
+        except BaseException:
+            self.cache = before
+            raise
 
     def _encode(self, text: str) -> list[int]:
         """Return the tokens that `text` adds to the conversation."""
@@ -117,6 +129,10 @@ class Meter(TextStreamer):
             self.prompt_tokens = value.numel()
         super().put(value)
 
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Print a piece of text, without what a terminal would obey."""
+        super().on_finalized_text(harmless(text), stream_end)
+
     def report(self) -> str:
         """Return a line with the time of the prompt, in seconds, and the tokens per second after the first."""
         start, first, last = self.times[0], self.times[1], self.times[-1]
@@ -130,7 +146,7 @@ class Meter(TextStreamer):
 @contextmanager
 def _interrupt_as_criterion() -> Iterator[Callable[..., torch.Tensor]]:
     """Yield a stopping criterion for Ctrl-C. The first ends the answer between two tokens, where the cache is
-    consistent; the second ends the program."""
+    consistent; the second raises KeyboardInterrupt at once, in the middle of a long prompt for instance."""
     stopped = False
 
     def stop(signum: int, frame: FrameType | None) -> None:

@@ -56,9 +56,21 @@ def reported(*kinds: type[Exception], as_: str = "{}") -> Iterator[None]:
         raise Problem(as_.replace("{}", line)) from error
 
 
+# What a terminal obeys instead of showing: control characters other than tab and line feed, and marks that reverse the
+# direction of what follows. Shown as their code.
+_COMMANDS = [*range(9), *range(11, 32), *range(127, 160), 0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F),
+             *range(0x2066, 0x206A)]  # fmt: skip
+_SHOWN = {code: f"\\x{code:02x}" if code < 256 else f"\\u{code:04x}" for code in _COMMANDS}
+
+
+def harmless(text: str) -> str:
+    """Return `text` with everything that a terminal would obey shown as its code, such as \\x1b."""
+    return text.translate(_SHOWN)
+
+
 def note(message: str) -> None:
     """Write one line to stderr."""
-    typer.echo(f"recurrent-gemma: {message}", err=True)
+    typer.echo(harmless(f"recurrent-gemma: {message}"), err=True)
 
 
 def print_table(
@@ -70,9 +82,11 @@ def print_table(
     from rich.text import Text
 
     # A Text, because a string would be read as markup: [...] in a path would not be shown.
-    table = Table(*columns, title=Text(title), caption=caption, title_justify="left", caption_justify="left", **style)
+    table = Table(
+        *columns, title=Text(harmless(title)), caption=caption, title_justify="left", caption_justify="left", **style
+    )
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(Text(harmless(cell)) for cell in row))
     Console().print(table)
 
 

@@ -8,8 +8,10 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.recurrent_gemma.configuration_recurrent_gemma import RecurrentGemmaConfig as InTreeConfig
@@ -460,6 +462,51 @@ BAD_VALUES = [
     ("sliding_window", 9),
     ("max_position_embeddings", 8192),
 ]
+
+
+# What may stand in a config.json by accident, and what only Python can put into a config.
+ODD = [
+    None, True, False, -1, 0, 1, 2, 1.5, float("nan"), float("inf"), -0.0, 2**31, 2**63, 10**30, -(10**30), 1e308, "",
+    "abc", "4", "\ud800", "x" * 100_000, [], [1], [None], ["recurrent", 1], {}, {"a": 1}, {"rope_theta": "x"},
+    {"rope_theta": float("nan")}, {"rope_type": [1]}, [[]], [["recurrent"]], {"0": [1]},
+]  # fmt: skip
+ODD_OBJECTS = [b"x", object(), np.int64(3), np.float32(2.0), torch.tensor(3), torch.int8, (1,), {1}, range(3), 1j]
+EVERY_FIELD = sorted(
+    {field.name for field in dataclasses.fields(RecurrentGemmaConfig)}
+    | set("_block_types layer_types layers_block_type rope_parameters rope_scaling torch_dtype num_labels".split())
+    | set("quantization_config auto_map attn_implementation problem_type model_type id2label label2id".split())
+)
+ALIASES = {"_block_types": "block_types", "torch_dtype": "dtype"} | dict.fromkeys(
+    ("rope_parameters", "rope_scaling"), "rope"
+)
+
+
+def refusal(make: Callable[[dict], RecurrentGemmaConfig], given: dict) -> str | None:
+    """The message of a refusal, ours or Transformers' check of its own fields' types; None for what works."""
+    try:
+        config = make(given)
+        with torch.device("meta"):
+            RecurrentGemmaForCausalLM(config)
+        config.to_json_string()
+    except (ValueError, StrictDataclassError) as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize("name", EVERY_FIELD)
+def test_any_value_of_any_field_is_taken_or_refused_in_one_sentence_that_names_it(name):
+    """What is taken is a model that can be built, and a file that can be written."""
+    for value in [*ODD, *ODD_OBJECTS]:
+        for make in (lambda given: byte_config(**given), RecurrentGemmaConfig.from_dict):
+            message = refusal(make, {name: value})
+            assert message is None or ALIASES.get(name, name) in message
+            assert message is None or len(message) < 1500 or name not in OWN_FIELDS  # Transformers shows all of a value
+
+
+def test_sizes_end_before_machines_do():
+    for name, value in (("num_hidden_layers", 2**31), ("attention_window_size", 10**30), ("num_labels", 2**31)):
+        with pytest.raises(ValueError, match=rf"{name}={value} must be a whole number from [01] to"):
+            byte_config(**{name: value})
 
 
 @pytest.mark.parametrize(("name", "value"), BAD_VALUES, ids=lambda value: str(value).replace(" ", ""))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
@@ -54,6 +53,29 @@ _BOOKKEEPING_KEYS = frozenset(
      "tie_encoder_decoder", "tokenizer_class", "torch_dtype", "torchscript", "use_bfloat16")
 )  # fmt: skip
 
+# The least and the largest value of each field, so that a slip ends in one sentence, not in a lack of memory or in a
+# loop without end. A window counts int32 positions, with one more for the query.
+_SIZES = {
+    "vocab_size": 2**31 - 1, "hidden_size": 2**20, "intermediate_size": 2**24, "num_hidden_layers": 10_000,
+    "num_attention_heads": 2**16, "num_key_value_heads": 2**16, "head_dim": 2**20, "lru_width": 2**20,
+    "attention_window_size": 2**31 - 2, "conv1d_width": 256,
+}  # fmt: skip
+_NUMBERS = {
+    "logits_soft_cap": (0.0, 1e6), "attention_dropout": (0.0, 1.0), "partial_rotary_factor": (0.0, 1.0),
+    "rope_theta": (1.0, 1e12), "rms_norm_eps": (0.0, 1.0), "w_init_variance_scale": (0.0, 1e6),
+    "final_w_init_variance_scale": (0.0, 1e6),
+}  # fmt: skip
+_FLAGS = (
+    "embeddings_scale_by_sqrt_dim", "attention_bias", "tie_word_embeddings", "use_cache", "fuse_linear_cross_entropy",
+)  # fmt: skip
+_MAX_LABELS = 10**6
+# Fields that every config of Transformers has, which does not check them.
+_INHERITED: dict[str, tuple[type, ...]] = {
+    "architectures": (list,), "id2label": (dict,), "label2id": (dict,), "auto_map": (dict,), "num_labels": (int,),
+    "chunk_size_feed_forward": (int,), "problem_type": (str,), "return_dict": (bool,), "output_attentions": (bool,),
+    "output_hidden_states": (bool, int, list), "attn_implementation": (str, dict), "tokenizer_class": (str,),
+}  # fmt: skip
+
 # Other spellings of fields, which `__post_init__` reads.
 _READ_BY_HAND = {"layer_types", "layers_block_type", "rope_parameters", "rope_scaling"}
 
@@ -64,6 +86,20 @@ _CACHE_FIELDS = (
     "embeddings_scale_by_sqrt_dim", "rope_theta", "partial_rotary_factor", "rms_norm_eps", "hidden_activation",
     "attention_bias", "layers_block_type",
 )  # fmt: skip
+
+
+def _shown(value: Any) -> str:
+    """Return the repr of a value, at most 200 characters of it."""
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def _is_json(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(isinstance(key, (str, int)) and _is_json(each) for key, each in value.items())
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_json, value))
+    return value is None or isinstance(value, (bool, int, float, str, torch.dtype))
 
 
 class RecurrentGemmaConfig(PreTrainedConfig):
@@ -175,7 +211,12 @@ class RecurrentGemmaConfig(PreTrainedConfig):
         layer_types = kwargs.pop("layer_types", None)
         layers_block_type = kwargs.pop("layers_block_type", None)
         self._refuse_unknown(kwargs)
+        self._validate_inherited(kwargs)
         self._validate_sizes("hidden_size", "num_hidden_layers", "num_attention_heads")  # the defaults below need them
+        if getattr(self, "head_dim", None) is None and self.hidden_size < self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size={self.hidden_size} must be at least num_attention_heads={self.num_attention_heads}"
+            )
         for name, default in (
             ("head_dim", self.hidden_size // self.num_attention_heads),
             ("lru_width", self.hidden_size),
@@ -187,9 +228,9 @@ class RecurrentGemmaConfig(PreTrainedConfig):
         self.block_types = list(self.block_types)
         for name, given in (("layer_types", layer_types), ("layers_block_type", layers_block_type)):
             derived = [self.layer_types, self.layers_block_type]
-            if given is not None and list(given) not in derived:
+            if given is not None and (not isinstance(given, (list, tuple)) or list(given) not in derived):
                 raise ValueError(
-                    f"{name}={given!r} contradicts block_types={self.block_types!r}; set block_types alone"
+                    f"{name}={_shown(given)} contradicts block_types={_shown(self.block_types)}; set block_types alone"
                 )
         super().__post_init__(**kwargs)
 
@@ -198,8 +239,12 @@ class RecurrentGemmaConfig(PreTrainedConfig):
         private = kwargs.pop("_block_types", None)
         if private is None:
             return
+        if not isinstance(private, (list, tuple)):
+            raise ValueError(f"block_types={_shown(private)} must be a non-empty list of {BLOCK_TYPES}")
         if self.block_types not in (private, GRIFFIN_PATTERN, list(GRIFFIN_PATTERN)):
-            raise ValueError(f"_block_types={private!r} contradicts block_types={self.block_types!r}; give only one")
+            raise ValueError(
+                f"_block_types={_shown(private)} contradicts block_types={_shown(self.block_types)}; give only one"
+            )
         self.block_types = private
 
     def _read_rope_parameters(self, kwargs: dict[str, Any]) -> None:
@@ -209,17 +254,21 @@ class RecurrentGemmaConfig(PreTrainedConfig):
         if rope is None:
             return
         if not isinstance(rope, dict):
-            raise ValueError(f"rope_parameters={rope!r} must be a dict of rope_theta and partial_rotary_factor")
+            raise ValueError(f"rope_parameters={_shown(rope)} must be a dict of rope_theta and partial_rotary_factor")
         known = {"rope_type": "default", "type": "default"}
         for key, value in rope.items():
             if key in known and value != known[key]:
-                raise ValueError(f"rope_parameters[{key!r}]={value!r}: RecurrentGemma has only the default RoPE")
+                raise ValueError(
+                    f"rope_parameters (rope_scaling)[{key!r}]={_shown(value)}: RecurrentGemma has only the default RoPE"
+                )
             if key in ("rope_theta", "partial_rotary_factor"):
                 if getattr(self, key) not in (value, getattr(type(self), key)):
-                    raise ValueError(f"rope_parameters[{key!r}]={value!r} contradicts {key}={getattr(self, key)!r}")
+                    raise ValueError(
+                        f"rope_parameters[{key!r}]={_shown(value)} contradicts {key}={getattr(self, key)!r}"
+                    )
                 setattr(self, key, value)
             elif key not in known:
-                raise ValueError(f"rope_parameters[{key!r}]={value!r} is unknown; it may hold rope_theta and "
+                raise ValueError(f"rope_parameters[{key!r}]={_shown(value)} is unknown; it may hold rope_theta and "
                                  "partial_rotary_factor")  # fmt: skip
 
     @classmethod
@@ -230,10 +279,9 @@ class RecurrentGemmaConfig(PreTrainedConfig):
     def _refuse_unknown(self, kwargs: dict[str, Any]) -> None:
         unknown = self._unknown(kwargs)
         if kwargs.get("model_type", self.model_type) != self.model_type:
-            raise ValueError(f"model_type={kwargs['model_type']!r}: this is the config of {self.model_type!r} models")
-        dtype = kwargs.get("torch_dtype") if self.dtype is None else self.dtype
-        if isinstance(dtype, str) and not isinstance(getattr(torch, dtype, None), torch.dtype):
-            raise ValueError(f"dtype={dtype!r} is not a dtype of torch")
+            raise ValueError(
+                f"model_type={_shown(kwargs['model_type'])}: this is the config of {self.model_type!r} models"
+            )
         if unknown:
             raise ValueError(
                 f"RecurrentGemmaConfig has no field {', '.join(map(repr, unknown))}; its fields are "
@@ -242,37 +290,56 @@ class RecurrentGemmaConfig(PreTrainedConfig):
 
     def validate_architecture(self) -> None:
         """Raise ValueError, naming the field, for values that describe no possible model."""
-        self._validate_sizes(
-            "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-            "num_key_value_heads", "head_dim", "lru_width", "attention_window_size", "conv1d_width",
-        )  # fmt: skip
-        for name in (
-            "embeddings_scale_by_sqrt_dim", "attention_bias", "tie_word_embeddings", "use_cache",
-            "fuse_linear_cross_entropy",
-        ):  # fmt: skip
+        self._validate_sizes(*_SIZES)
+        for name in _FLAGS:
             if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name}={getattr(self, name)!r} must be true or false")
-        for name, low, high in (
-            ("logits_soft_cap", 0.0, math.inf), ("attention_dropout", 0.0, 1.0), ("partial_rotary_factor", 0.0, 1.0),
-            ("rope_theta", 1.0, math.inf), ("rms_norm_eps", 0.0, 1.0), ("w_init_variance_scale", 0.0, math.inf),
-            ("final_w_init_variance_scale", 0.0, math.inf),
-        ):  # fmt: skip
+                raise ValueError(f"{name}={_shown(getattr(self, name))} must be true or false")
+        for name, (low, high) in _NUMBERS.items():
             value = getattr(self, name)
-            is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
             if not is_number or not low <= value <= high:
-                raise ValueError(f"{name}={value!r} must be a finite number from {low} to {high}")
+                raise ValueError(f"{name}={_shown(value)} must be a finite number from {low} to {high}")
         if not isinstance(self.hidden_activation, str) or self.hidden_activation not in ACT2FN:
-            raise ValueError(f"hidden_activation={self.hidden_activation!r} must be one of {', '.join(sorted(ACT2FN))}")
+            raise ValueError(
+                f"hidden_activation={_shown(self.hidden_activation)} must be one of {', '.join(sorted(ACT2FN))}"
+            )
         self._validate_token_ids()
+        self._validate_inherited({})
         if self.is_encoder_decoder:  # every config of Transformers has this field
             raise ValueError("is_encoder_decoder=True: this model is a decoder; leave it out")
         self._validate_shapes()
 
     def _validate_sizes(self, *names: str) -> None:
         for name in names:
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}={value!r} must be a positive whole number")
+            value, high = getattr(self, name), _SIZES[name]
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= high:
+                raise ValueError(f"{name}={_shown(value)} must be a whole number from 1 to {high}")
+
+    def _validate_inherited(self, kwargs: dict[str, Any]) -> None:
+        """Raise ValueError for fields of every config of Transformers that have a wrong type, where Transformers would
+        fail later, or never end (`num_labels=2**31`)."""
+        for name, kinds in _INHERITED.items():
+            value = kwargs.get(name, getattr(self, name, None))
+            # True is an int, but no number.
+            is_right = bool in kinds if isinstance(value, bool) else isinstance(value, kinds)
+            if value is not None and not is_right:
+                names = " or ".join(kind.__name__ for kind in kinds)
+                raise ValueError(f"{name}={_shown(value)} must be of type {names}")
+        dtype = kwargs.get("torch_dtype") if self.dtype is None else self.dtype
+        kind = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+        if dtype is not None and not (isinstance(kind, torch.dtype) and kind.is_floating_point):
+            raise ValueError(f"dtype={_shown(dtype)} is not a floating-point dtype of torch")
+        labels = kwargs.get("num_labels")
+        if "num_labels" in kwargs and (labels is None or not 0 <= labels <= _MAX_LABELS):
+            raise ValueError(f"num_labels={_shown(labels)} must be a whole number from 0 to {_MAX_LABELS}")
+        if not all(str(key).isdecimal() and isinstance(label, str) for key, label in (self.id2label or {}).items()):
+            raise ValueError(f"id2label={_shown(self.id2label)} must map numbers to names")
+        for name, value in (("architectures", self.architectures), *kwargs.items()):
+            if name not in ("quantization_config", "name_or_path") and not _is_json(value):
+                raise ValueError(f"{name}={_shown(value)} cannot be written to a config.json")
+        quantization = kwargs.get("quantization_config")
+        if quantization is not None and not isinstance(quantization, dict) and not hasattr(quantization, "to_dict"):
+            raise ValueError(f"quantization_config={_shown(quantization)} must be a dict or a config of a quantizer")
 
     def _validate_token_ids(self) -> None:
         for name in ("pad_token_id", "eos_token_id", "bos_token_id"):
@@ -281,15 +348,16 @@ class RecurrentGemmaConfig(PreTrainedConfig):
             for token in ids if value is not None else ():
                 if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < self.vocab_size:
                     raise ValueError(
-                        f"{name}={value!r} must be None or a token id from 0 to vocab_size - 1 = {self.vocab_size - 1}"
+                        f"{name}={_shown(value)} must be None or a token id from 0 to vocab_size - 1 = "
+                        f"{self.vocab_size - 1}"
                     )
 
     def _validate_shapes(self) -> None:
         if not isinstance(self.block_types, (list, tuple)) or not self.block_types:
-            raise ValueError(f"block_types={self.block_types!r} must be a non-empty list of {BLOCK_TYPES}")
+            raise ValueError(f"block_types={_shown(self.block_types)} must be a non-empty list of {BLOCK_TYPES}")
         unknown = [block for block in self.block_types if block not in BLOCK_TYPES]
         if unknown:
-            raise ValueError(f"block_types={self.block_types!r}: {unknown[0]!r} is none of {BLOCK_TYPES}")
+            raise ValueError(f"block_types={_shown(self.block_types)}: {_shown(unknown[0])} is none of {BLOCK_TYPES}")
         heads = self.num_attention_heads
         if self.intermediate_size % 2:
             raise ValueError(
@@ -325,7 +393,7 @@ class RecurrentGemmaConfig(PreTrainedConfig):
         for key in unknown:
             if isinstance(getattr(cls, key, None), property):
                 if getattr(own, key) != config_dict[key]:
-                    raise ValueError(f"{key}={config_dict[key]!r} contradicts the rest, of which follows "
+                    raise ValueError(f"{key}={_shown(config_dict[key])} contradicts the rest, of which follows "
                                      f"{getattr(own, key)!r}; leave it out")  # fmt: skip
             else:
                 setattr(own, key, config_dict[key])
@@ -365,8 +433,8 @@ class RecurrentGemmaConfig(PreTrainedConfig):
 
     @layers_block_type.setter
     def layers_block_type(self, blocks: list[str]) -> None:
-        if not isinstance(blocks, (list, tuple)) or not blocks or not set(blocks) <= set(BLOCK_TYPES):
-            raise ValueError(f"layers_block_type={blocks!r} must be a list of {BLOCK_TYPES}, one for each layer")
+        if not isinstance(blocks, (list, tuple)) or not blocks or any(block not in BLOCK_TYPES for block in blocks):
+            raise ValueError(f"layers_block_type={_shown(blocks)} must be a list of {BLOCK_TYPES}, one for each layer")
         self.block_types = list(blocks)
 
     @property
@@ -377,8 +445,8 @@ class RecurrentGemmaConfig(PreTrainedConfig):
     @layer_types.setter
     def layer_types(self, types: list[str]) -> None:
         blocks = {layer_type: block for block, layer_type in _LAYER_TYPES.items()}
-        if not isinstance(types, (list, tuple)) or not set(types) <= set(blocks):
-            raise ValueError(f"layer_types={types!r} must be a list of {tuple(blocks)}, one for each layer")
+        if not isinstance(types, (list, tuple)) or any(kind not in list(blocks) for kind in types):
+            raise ValueError(f"layer_types={_shown(types)} must be a list of {tuple(blocks)}, one for each layer")
         self.layers_block_type = [blocks[layer_type] for layer_type in types]
 
     @property
@@ -389,7 +457,9 @@ class RecurrentGemmaConfig(PreTrainedConfig):
     @sliding_window.setter
     def sliding_window(self, size: int) -> None:
         if isinstance(size, bool) or not isinstance(size, int) or size < 2:
-            raise ValueError(f"sliding_window={size!r} must be a whole number from 2 on: the query and those before it")
+            raise ValueError(
+                f"sliding_window={_shown(size)} must be a whole number from 2 on: the query and those before it"
+            )
         self.attention_window_size = size - 1
 
     @property

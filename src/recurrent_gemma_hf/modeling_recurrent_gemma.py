@@ -364,6 +364,7 @@ class RecurrentGemmaPreTrainedModel(PreTrainedModel):
                 f"this model takes a {RecurrentGemmaConfig.__module__}.RecurrentGemmaConfig, not a "
                 f"{type(config).__module__}.{type(config).__name__}: convert it with RecurrentGemmaConfig.adopt(config)"
             )
+        config.validate_architecture()
         super().__init__(config, *args, **kwargs)
         self.register_load_state_dict_post_hook(_refuse_foreign_adapter)
 
@@ -457,7 +458,6 @@ class RecurrentGemmaModel(RecurrentGemmaPreTrainedModel):
 
     def __init__(self, config: RecurrentGemmaConfig) -> None:
         super().__init__(config)
-        config.validate_architecture()
         # No padding_idx: the padding token's row is an ordinary one, and nothing reads it.
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(RecurrentGemmaDecoderLayer(config, i) for i in range(config.num_hidden_layers))
@@ -516,7 +516,7 @@ class RecurrentGemmaModel(RecurrentGemmaPreTrainedModel):
         cache = one_cache(cache, past_key_values)
         cache = self._cache(cache, bool(use_cache) if sequence_shard is not None else use_cache)
         if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
+            output_hidden_states = self.config.output_hidden_states or False
         output_attentions = self.config.output_attentions if output_attentions is None else bool(output_attentions)
         if output_attentions and self.config._attn_implementation != "eager":
             logger.warning_once(

@@ -136,7 +136,8 @@ def _block_kinds(shapes: Shapes) -> list[str]:
     for name in shapes:
         if match := re.match(r"blocks\.(\d+)\.(?:(recurrent|attention)_block)?", name):
             kinds.setdefault(int(match[1]), set()).add(match[2] or "")
-    unclear = [i for i in range(max(kinds, default=-1) + 1) if len(kinds.get(i, set()) - {""}) != 1]
+    # As many layers as there are numbers: a name such as blocks.999999999 is one layer too many, not a billion.
+    unclear = [i for i in range(len(kinds)) if len(kinds.get(i, set()) - {""}) != 1]
     if unclear:
         raise ConversionError(
             "each layer needs either a recurrent_block or an attention_block: the checkpoint has none, or both, in "

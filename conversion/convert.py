@@ -3,8 +3,9 @@
 import argparse
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +27,8 @@ from recurrent_gemma_hf import PRESETS, RecurrentGemmaConfig
 _SOURCES: dict[Dialect, Callable[[Path], OfficialSource]] = {"jax": OrbaxSource, "torch": TorchSource}
 _TARGETS: dict[Dialect, Callable[[Path, Plan], Target]] = {"jax": OrbaxFolder, "torch": TorchFile}
 
+_SHOWN = 4000  # characters of an error: names in a damaged file can be of any length
+
 
 class Options(NamedTuple):
     """Holds the options of the command line besides the two paths."""
@@ -39,7 +42,10 @@ class Options(NamedTuple):
 
 def official_to_hf(dialect: Dialect, checkpoint: Path, output: Path, options: Options) -> RecurrentGemmaConfig:
     """Convert a checkpoint of the official code to a folder that `from_pretrained` loads."""
-    source = _SOURCES[dialect](checkpoint)
+    with _readable(checkpoint):
+        source = _SOURCES[dialect](checkpoint)
+    if dialect == "jax":
+        _warn_of_no_checksums(checkpoint, "an Orbax checkpoint")
     config = checks.infer_config(source.shapes, dialect, options.claims)
     check_extra_files(checkpoint, options.tokenizer, config.vocab_size)
     if options.push_to_hub is not None:
@@ -79,10 +85,12 @@ def _is_published(checkpoint: Path, claims: Claims) -> bool:
 
 def hf_to_official(dialect: Dialect, checkpoint: Path, output: Path, options: Options) -> RecurrentGemmaConfig:
     """Convert a folder of `save_pretrained` to a checkpoint of the official code."""
-    source = HfSource(checkpoint)
+    with _readable(checkpoint):
+        source = HfSource(checkpoint)
+    _warn_of_no_checksums(checkpoint, "a safetensors folder")
     try:
         config = RecurrentGemmaConfig.from_pretrained(checkpoint)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, TypeError, AttributeError, RecursionError) as error:
         raise ConversionError(f"{checkpoint}/config.json is no RecurrentGemma config: {error}") from error
     checks.check_official_can_express(config, options.claims)
     rows = mapping.table(config, dialect)
@@ -95,6 +103,29 @@ def hf_to_official(dialect: Dialect, checkpoint: Path, output: Path, options: Op
         _copy(_TARGETS[dialect](path, plan), rows, source, plan, _to_official)
         _verify(options, _SOURCES[dialect](path), checkpoint, rows, plan, config)
     return config
+
+
+@contextmanager
+def _readable(checkpoint: Path) -> Iterator[None]:
+    """Turn what malformed metadata raises anywhere (a list where a dict should be, a missing key) into one error."""
+    try:
+        yield
+    except ConversionError:
+        raise
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RecursionError) as error:
+        raise ConversionError(
+            f"the metadata of {checkpoint} are malformed ({type(error).__name__}: {error}): copy or download the "
+            "checkpoint again"
+        ) from error
+
+
+def _warn_of_no_checksums(checkpoint: Path, kind: str) -> None:
+    """Say that flipped bits in the weights would not be noticed."""
+    print(
+        f"note: {kind} has no checksums of its weights, so damage in {checkpoint} can go unnoticed; compare its files "
+        "with the hashes that their publisher gives",
+        file=sys.stderr,
+    )
 
 
 def _official_shapes(rows: list[Row], ours: checks.Shapes) -> checks.Shapes:
@@ -169,7 +200,8 @@ def main(direction: Callable, dialect: Dialect, description: str, arguments: lis
     try:
         config = direction(dialect, given.checkpoint, given.output, options)
     except (ConversionError, ValueError, OSError) as error:  # also from the tokenizer, the disk and the Hub
-        sys.exit(f"error: {error}")
+        text = str(error)
+        sys.exit(f"error: {text[:_SHOWN]}{'...' if len(text) > _SHOWN else ''}")
     except KeyboardInterrupt:
         sys.exit(f"interrupted: nothing was left in {given.output.absolute().parent}")
     verified = ", verified" if given.verify else ""

@@ -9,6 +9,7 @@ import json
 import math
 import pickle
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,10 +19,12 @@ from checks import ConversionError
 from mapping import Dialect
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from tqdm import tqdm
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 WHOLE = slice(None)  # all rows of an array
 _CACHE_SLACK_BYTES = 2**20  # what tensorstore adds to the size of a decoded chunk
+_CHECKED_BYTES = 8 * 2**20  # read at a time while checksums are computed
 _DAMAGED = "the file is damaged or incomplete: copy or download the checkpoint again"
 
 
@@ -108,7 +111,13 @@ class OrbaxSource:
                     "fill_missing_data_reads": not zeros_are_stored,
                 }
                 self._specs[folder] = spec
-                arrays[folder] = tensorstore.open(spec, open=True, read=True).result()
+                arrays[folder] = array = tensorstore.open(spec, open=True, read=True).result()
+                chunk = array.chunk_layout.read_chunk.shape
+                if any(size > max(1, whole) for size, whole in zip(chunk or (), array.shape, strict=True)):
+                    raise ConversionError(
+                        f"{folder} of {self.path} has chunks of {tuple(chunk)} in an array of {tuple(array.shape)}: "
+                        f"{_DAMAGED}"
+                    )
         except (ValueError, OSError) as error:
             raise ConversionError(f"cannot open {self.path}: {_first_line(error)}; {_DAMAGED}") from error
         self._refuse_undescribed(arrays)
@@ -167,14 +176,30 @@ class TorchSource:
 
     def __init__(self, path: Path):
         self.path = path
-        self._tensors = self._load()
+        self._tensors = self._load(first=True)
         self._read_bytes = 0
         self.shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
         self.dtypes = {
             name: _dtype(name, str(tensor.dtype).removeprefix("torch.")) for name, tensor in self._tensors.items()
         }
 
-    def _load(self) -> dict[str, Tensor]:
+    def check(self) -> None:
+        """Compare every byte with the CRC-32 of its member of the archive, which torch.load does not read."""
+        try:
+            with zipfile.ZipFile(self.path) as archive:
+                members = archive.infolist()
+                size = sum(member.file_size for member in members)
+                with tqdm(desc="checksums", total=size, unit="B", unit_scale=True, disable=None) as progress:
+                    for member in members:
+                        with archive.open(member) as file:
+                            while part := file.read(_CHECKED_BYTES):
+                                progress.update(len(part))
+        except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError, NotImplementedError) as error:
+            raise ConversionError(
+                f"{self.path} does not have its checksums ({_first_line(error)}): {_DAMAGED}"
+            ) from error
+
+    def _load(self, first: bool = False) -> dict[str, Tensor]:
         if self.path.is_dir():
             raise ConversionError(f"{self.path} is a folder: give the .pt file in it")
         if not self.path.exists():
@@ -184,6 +209,8 @@ class TorchSource:
                 f"{self.path} is not a file of torch.save (a zip archive), or it is cut off. Other pickles can hold "
                 "code and are not opened"
             )
+        if first:
+            self.check()
         try:
             loaded = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
         except pickle.UnpicklingError as error:
@@ -191,7 +218,7 @@ class TorchSource:
                 f"{self.path} holds Python objects besides tensors, which could run code when they are loaded: "
                 f"refused. Save model.state_dict() alone. ({_first_line(error)})"
             ) from error
-        except (RuntimeError, EOFError) as error:
+        except Exception as error:  # there is no end to what a strange pickle raises
             raise ConversionError(f"cannot open {self.path}: {_first_line(error)}; {_DAMAGED}") from error
         if not isinstance(loaded, dict) or not all(isinstance(tensor, Tensor) for tensor in loaded.values()):
             raise ConversionError(f"{self.path} is no state dict (names and tensors): save model.state_dict()")
@@ -233,7 +260,10 @@ class HfSource:
         if not (self.path / "config.json").is_file():
             raise ConversionError(f"{self.path} has no config.json: give a folder written by save_pretrained")
         if index.is_file():
-            return sorted({self.path / file for file in json.loads(index.read_text())["weight_map"].values()})
+            names = set(json.loads(index.read_text())["weight_map"].values())
+            if strange := sorted(str(name) for name in names if Path(name).name != name or name == ".."):
+                raise ConversionError(f"{index} names {', '.join(strange[:3])}, outside its folder: refused")
+            return sorted(self.path / name for name in names)
         if single.is_file():
             return [single]
         raise ConversionError(f"{self.path} has neither model.safetensors nor model.safetensors.index.json")
@@ -265,4 +295,4 @@ def _dtype(name: str, dtype: str) -> torch.dtype:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).split(" [", 1)[0].splitlines()[0]
+    return (str(error).split(" [", 1)[0].splitlines() or [type(error).__name__])[0]

@@ -12,6 +12,7 @@ from typing import IO, BinaryIO, NamedTuple, Protocol
 import numpy as np
 import torch
 from checks import ConversionError
+from filelock import FileLock, Timeout
 from mapping import SAME, Row
 from sources import WHOLE
 from torch import Tensor
@@ -94,15 +95,32 @@ def staged(output: Path, needed_bytes: int) -> Iterator[Path]:
     """Yield a path beside `output`, a file or a folder, that becomes `output` when the block succeeds.
 
     If the block fails, nothing remains; the next run removes the remains of a killed process. Raises ConversionError if
-    `output` exists and is not an empty folder, its parent does not exist, or the disk has too little space.
+    `output` exists and is not an empty folder, another process writes it, its parent does not exist, or the disk has
+    too little space.
     """
     output = output.absolute()
+    if not output.parent.is_dir():
+        raise ConversionError(f"{output.parent} does not exist: create it first")
+    # The system releases the lock of a killed process.
+    lock = FileLock(output.with_name(f".{output.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise ConversionError(f"another process writes {output}: wait for it, or give another output") from error
+    try:
+        with _staged(output, needed_bytes) as partial:
+            yield partial
+    finally:
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
+
+
+@contextmanager
+def _staged(output: Path, needed_bytes: int) -> Iterator[Path]:
     if output.is_dir() and any(output.iterdir()):
         raise ConversionError(f"{output} is not empty: give a new folder, or empty it first")
     if output.is_file():
         raise ConversionError(f"{output} exists: give a new name, or remove it first")
-    if not output.parent.is_dir():
-        raise ConversionError(f"{output.parent} does not exist: create it first")
     partial = output.with_name(f".{output.name}.partial")
     _remove(partial)
     free = shutil.disk_usage(output.parent).free

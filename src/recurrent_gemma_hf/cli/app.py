@@ -1,5 +1,6 @@
 """The `recurrent-gemma` command: `generate` writes text, `chat` holds a conversation, `serve` serves over HTTP, `info`
-describes a model without loading it, `memory` computes what training needs, `eval` measures, `run` starts a program.
+describes a model without loading it, `memory` computes what training needs, `doctor` checks the installation, `eval`
+measures, `run` starts a program.
 
 Every error of the user's input is one line on stderr, with the remedy, and exit status 2.
 """
@@ -12,6 +13,7 @@ from typing import Annotated
 import typer
 
 from .chat import chat, generate
+from .doctor import doctor
 from .evaluate import app as evaluation_app
 from .info import info
 from .memory import memory
@@ -20,7 +22,7 @@ from .serve import serve
 from .shared import PASSED_ON, Problem, note
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
-for command in (generate, chat, info, memory):
+for command in (generate, chat, info, memory, doctor):
     app.command()(command)
 app.command(context_settings=PASSED_ON, add_help_option=False)(run)
 app.command(context_settings=PASSED_ON, add_help_option=False)(serve)

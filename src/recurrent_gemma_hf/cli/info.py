@@ -81,24 +81,30 @@ def _cache_bytes(config: RecurrentGemmaConfig) -> int:
 
 
 def _describe_computation(config: RecurrentGemmaConfig, dtype: str, device: str | None) -> dict[str, Any]:
-    import torch
-
-    from ..backend import use_triton
-
-    def backend(device: torch.device, dtype: torch.dtype) -> str:
-        return "triton" if use_triton(device, dtype) else "portable"
-
     chosen_device = pick_device(device)
     chosen_dtype = pick_dtype(dtype, chosen_device, config)
     return {
         "device": str(chosen_device),
         "dtype": str(chosen_dtype).removeprefix("torch."),
-        "backend": backend(chosen_device, chosen_dtype),
-        "backends": {
-            kind: {name: backend(torch.device(kind), getattr(torch, name)) for name in DTYPES if name != "auto"}
-            for kind in ("cuda", "xpu", "mps", "cpu")
-        },
+        "backend": _backend(chosen_device, chosen_dtype),
+        "backends": backends_by_device(),
     }
+
+
+def backends_by_device() -> dict[str, dict[str, str]]:
+    """Return the backend of the recurrent blocks for each kind of device and dtype."""
+    import torch
+
+    return {
+        kind: {name: _backend(torch.device(kind), getattr(torch, name)) for name in DTYPES if name != "auto"}
+        for kind in ("cuda", "xpu", "mps", "cpu")
+    }
+
+
+def _backend(device: torch.device, dtype: torch.dtype) -> str:
+    from ..backend import use_triton
+
+    return "triton" if use_triton(device, dtype) else "portable"
 
 
 def _print_table(facts: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ export OMP_NUM_THREADS ?= 1
 # No test and no demo reads anything from the Hub.
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test lint format test-newest test-oldest test-unpinned test-vllm clean
+.PHONY: demo test lint format fuzz test-newest test-oldest test-unpinned test-vllm clean
 
 demo: $(NEWEST)/installed
 	$(NEWEST)/bin/recurrent-gemma generate "ROMEO:" --max-new-tokens 200 --seed 0
@@ -64,6 +64,12 @@ test-unpinned:
 	-@$(UNPINNED)/bin/python -m pip index versions transformers 2>/dev/null | head -n 1
 	$(UNPINNED)/bin/recurrent-gemma generate "ROMEO:" --max-new-tokens 20 --seed 0
 	$(UNPINNED)/bin/python $(PYTEST) $(FIRST_DAY:%=tests/test_%.py)
+
+# The fuzzers of the tests with other seeds and as many times as many rounds as in the suite: 20 times take half an hour.
+ROUNDS ?= 20
+fuzz: $(NEWEST)/installed-test
+	FUZZ_ROUNDS=$(ROUNDS) $(NEWEST)/bin/python $(PYTEST) --timeout 3600 tests/test_not_finite.py tests/test_cache.py \
+		tests/test_generation_programs.py tests/test_scan.py tests/test_conversion_damage.py tests/test_cli_guard.py
 
 # Serving on vLLM (docs/serving.md), not part of `make test`: the installation alone takes minutes and 3 GB.
 test-vllm: $(VLLM)/installed

@@ -113,7 +113,7 @@ def prefilled(
 KINDS = ["none", "left", "right", "holes"]
 
 
-@settings(max_examples=60)
+@settings(max_examples=60 * FUZZ_ROUNDS)
 @given(
     variant=st.sampled_from(VARIANTS),
     kind=st.sampled_from(KINDS),
@@ -178,7 +178,7 @@ def test_a_row_without_tokens_leaves_its_state_empty():
 # --- Several caches on one model --------------------------------------------------------------------------------------
 
 
-@settings(max_examples=20)
+@settings(max_examples=20 * FUZZ_ROUNDS)
 @given(
     turns=st.lists(st.tuples(st.integers(0, 1), st.integers(1, 9)), min_size=2, max_size=12), seed=st.integers(0, 99)
 )
@@ -222,7 +222,7 @@ def test_two_caches_from_two_threads():
 # --- Rollback ---------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=80)
+@settings(max_examples=80 * FUZZ_ROUNDS)
 @given(data=st.data())
 def test_crop_is_never_having_seen(data: st.DataObject):
     """Rounds of forwards (single tokens and chunks, up to 40 columns, so beyond the window and what is kept) and a crop

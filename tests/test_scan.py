@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from recurrent_gemma_hf import linear_recurrence, set_backend
 from recurrent_gemma_hf import scan as module
 from recurrent_gemma_hf.scan import linear_recurrence_reference
-from tests.helpers import load_file
+from tests.helpers import FUZZ_ROUNDS, load_file
 from tests.kernels import needs_triton, small_programs
 
 BACKENDS = ("portable", pytest.param("triton", marks=needs_triton))
@@ -208,7 +208,7 @@ def test_gradients_of_gradients_with_kernels(backend):
         torch.testing.assert_close(mine.double(), wanted, rtol=1e-4, atol=1e-4 * wanted.abs().max().item())
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=60 * FUZZ_ROUNDS)
 @given(st.data())
 def test_any_split_in_time_carries_the_state(data):
     T = data.draw(st.integers(1, 90), "T")

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 FORMAT = "recurrent_gemma_cache_v2"
 OLD_FORMATS = ("recurrent_gemma_cache_v1",)
 # Values of each parameter that its fingerprint covers. A fine-tune, merged into bfloat16 weights, changes at least some
-# percent of the values that it trains, so that 4096 find it; all of 2B's parameters take 0.1 s (benchmarks/LOG.md).
+# percent of the values that it trains, so that 4096 find it; all parameters of 2B take 0.04 s (benchmarks/LOG.md).
 SAMPLED = 4096
 
 

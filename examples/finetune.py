@@ -13,6 +13,7 @@ Changes for the published models (`recurrent-gemma memory` computes the memory o
 """
 
 import argparse
+import json
 import math
 import sys
 from pathlib import Path
@@ -64,6 +65,20 @@ class Flatten(DataCollatorWithFlattening):
         return super().__call__([document for row in features for document in row], *args, **kwargs)
 
 
+def last_complete(folder: Path) -> str:
+    """Return the newest checkpoint that was written to its end, where Trainer writes trainer_state.json: a run that was
+    killed may leave a part of one, from which Trainer would resume without the optimizer, or not at all."""
+    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
+    for checkpoint in found:
+        try:
+            json.loads((checkpoint / "trainer_state.json").read_text())
+        except (OSError, ValueError):
+            print(f"finetune: {checkpoint} is incomplete; it is left out")
+        else:
+            return str(checkpoint)
+    raise SystemExit(f"finetune: --resume: there is no complete checkpoint in {folder}; leave --resume out")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=recurrent_gemma_hf.demo_checkpoint(), help="folder or Hub id")
@@ -98,7 +113,7 @@ def main() -> None:
         data_collator=Flatten(),
     )
     before = trainer.evaluate()["eval_loss"]
-    trainer.train(resume_from_checkpoint=options.resume)
+    trainer.train(resume_from_checkpoint=last_complete(options.output) if options.resume else None)
     after = trainer.evaluate()["eval_loss"]
     trainer.save_model()
     tokenizer.save_pretrained(options.output)

@@ -1,6 +1,7 @@
 """The recipes of examples/ end to end, a few steps each, and what they say about bad input."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -70,8 +71,19 @@ def test_finetune_and_resume(run, text, tmp_path, capsys):
     before, after = capsys.readouterr().out.split("validation loss ")[1].split(" nats")[0].split(" -> ")
     assert float(after) < float(before)
     assert AutoModelForCausalLM.from_pretrained(folder).dtype == torch.float32
+    for step, state in ((7, None), (10, '{"epoch": 1')):  # of runs that were killed while they saved
+        shutil.copytree(
+            folder / "checkpoint-3", folder / f"checkpoint-{step}", ignore=lambda *_: ["trainer_state.json"]
+        )
+        if state is not None:
+            (folder / "checkpoint-10" / "trainer_state.json").write_text(state)
     run("finetune", text=text, output=folder, steps=4, learning_rate=1e-3, resume=True)  # from checkpoint-3
     assert (folder / "checkpoint-4").is_dir()
+    told = capsys.readouterr().out
+    assert f"{folder / 'checkpoint-10'} is incomplete" in told
+    assert f"{folder / 'checkpoint-7'} is incomplete" in told
+    with pytest.raises(SystemExit, match=r"there is no complete checkpoint in .*other; leave --resume out"):
+        run("finetune", text=text, output=tmp_path / "other", resume=True)
 
 
 def test_pretrain(run, text, tmp_path, capsys):

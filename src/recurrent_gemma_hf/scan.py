@@ -63,7 +63,7 @@ def linear_recurrence(x_BTD: Tensor, a_BTD: Tensor, h0_BD: Tensor | None = None)
             h_BD = torch.addcmul(x_BD, a_BD, torch.zeros_like(x_BD))
         elif torch.is_grad_enabled():
             h_BD = torch.addcmul(x_BD, a_BD, seen(a_BD, h0_BD.to(dtype)))
-        else:  # `seen` is eight operations, 15% of a decoding step of the demo
+        else:  # `seen` is eight operations, 11 to 23% of a decoding step of the demo (benchmarks/LOG.md)
             h_BD = torch.where(a_BD == 0.0, x_BD, torch.addcmul(x_BD, a_BD, h0_BD.to(dtype)))
         return h_BD.unsqueeze(1).to(x_BTD.dtype), h_BD
     h_BTD, h_last_BD = _scan(x_BTD, a_BTD, h0_BD, use_triton(x_BTD.device, torch.promote_types(dtype, x_BTD.dtype)))

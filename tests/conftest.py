@@ -16,7 +16,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from recurrent_gemma_hf import demo_checkpoint
+from recurrent_gemma_hf import demo_checkpoint, set_backend
+from tests.kernels import needs_triton, small_programs
 
 collect_ignore = ["serving"]  # `make test-vllm`, in an environment of their own
 
@@ -40,6 +41,16 @@ def fresh_compiler():
     torch.compiler.reset()
     yield
     torch.compiler.reset()
+
+
+@pytest.fixture(params=["portable", pytest.param("triton", marks=needs_triton)])
+def backend(request, monkeypatch):
+    """Computes by plain torch, and by the kernels in Triton's interpreter."""
+    if request.param == "triton":
+        small_programs(monkeypatch)
+    set_backend(request.param)
+    yield request.param
+    set_backend("auto")
 
 
 @pytest.fixture(scope="session")

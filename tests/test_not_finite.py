@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from recurrent_gemma_hf import RecurrentGemmaCache, linear_recurrence, set_backend
+from recurrent_gemma_hf import RecurrentGemmaCache, linear_recurrence
 from recurrent_gemma_hf.causal_conv1d import causal_conv1d
 from recurrent_gemma_hf.rg_lru import RgLruParameters, rg_lru, rg_lru_step
 from recurrent_gemma_hf.scan import linear_recurrence_reference
@@ -18,15 +18,6 @@ from tests.kernels import needs_triton, small_programs
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")  # interpreter
 
 VALUES = (float("nan"), float("inf"), -float("inf"))
-
-
-@pytest.fixture(params=["portable", pytest.param("triton", marks=needs_triton)])
-def backend(request, monkeypatch):
-    if request.param == "triton":
-        small_programs(monkeypatch)
-    set_backend(request.param)
-    yield request.param
-    set_backend("auto")
 
 
 def lengths_of(draw: random.Random, total: int) -> list[int]:

@@ -12,23 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from recurrent_gemma_hf import linear_recurrence, set_backend
+from recurrent_gemma_hf import linear_recurrence
 from recurrent_gemma_hf import scan as module
 from recurrent_gemma_hf.scan import linear_recurrence_reference
 from tests.helpers import FUZZ_ROUNDS, load_file
-from tests.kernels import needs_triton, small_programs
+from tests.kernels import needs_triton
 
-BACKENDS = ("portable", pytest.param("triton", marks=needs_triton))
 DTYPES = {"portable": (torch.float64, torch.float32, torch.bfloat16), "triton": (torch.float32, torch.bfloat16)}
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request, monkeypatch):
-    if request.param == "triton":
-        small_programs(monkeypatch)
-    set_backend(request.param)
-    yield request.param
-    set_backend("auto")
 
 
 # B, T, D: one step, the shortest scans, primes, squares and their neighbours (chunk borders), and full chunks of 64.

@@ -572,6 +572,43 @@ def test_info_describes_the_demo_by_default():
     assert 10**6 <= facts["parameters"] <= 4 * 10**6
 
 
+# --- adapters ---
+
+
+@pytest.fixture
+def adapter(checkpoint, tmp_path) -> Path:
+    """A folder as PEFT writes it, without a tokenizer."""
+    peft = pytest.importorskip("peft", reason="the adapter is PEFT's: install the train extra")
+    base = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+    settings = peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+    peft.get_peft_model(base, settings).save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+# Transformers 5.23 has a new name for this, which peft does not know.
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_an_adapters_folder_is_a_model(checkpoint, adapter, monkeypatch, forwards):
+    """Of the checkpoint that it names, with that one's tokenizer unless it has its own."""
+    ids = AutoTokenizer.from_pretrained(checkpoint)("Once upon a time")["input_ids"]
+    assert expected_continuation(adapter, ids) != expected_continuation(checkpoint, ids)
+    told = succeed("generate", "Once upon a time", "--model", adapter, *GREEDY).stdout
+    assert told == "Once upon a time" + decode(checkpoint, expected_continuation(adapter, ids)) + "\n"
+    forwards.clear()
+    assert succeed("chat", "--model", adapter, *GREEDY, stdin="Once\n").stdout
+    assert forwards
+    assert json.loads(succeed("info", "--model", adapter, "--json").stdout)["hidden_size"] == 32
+
+    config = adapter / "adapter_config.json"
+    written = config.read_text()
+    config.write_text(json.dumps({**json.loads(written), "base_model_name_or_path": None}))
+    assert_one_line(run("generate", "x", "-m", adapter), "adapter_config.json names no base_model_name_or_path; write")
+    config.write_text("[")
+    assert_one_line(run("generate", "x", "-m", adapter), "cannot read adapter_config.json of .*adapter")
+    config.write_text(written)
+    monkeypatch.setattr(shared, "find_spec", lambda name: None)
+    assert_one_line(run("generate", "x", "-m", adapter), r"is an adapter, which needs peft: pip install .*\[train\]")
+
+
 # --- the installed command ---
 
 
@@ -597,6 +634,30 @@ def test_help_and_version_import_nothing_slow(arguments):
     command = [sys.executable, "-c", LIGHT, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout.splitlines()[-1] == "set()"
+
+
+def test_help_shows_flags_as_flags():
+    for command in (["generate"], ["chat"], ["info"], ["memory"], ["doctor"], ["eval", "throughput"], []):
+        shown = succeed(*command, "--help").stdout
+        flags = re.findall(r"^.*--(?:greedy|raw|json|alone|version)\b.*$", shown, flags=re.MULTILINE)
+        assert flags
+        assert not [line for line in flags if "bool" in line]
+
+
+def test_a_shell_completes_commands_and_options():
+    program = Path(sys.executable).with_name("recurrent-gemma")
+    for words, completions in (("recurrent-gemma ch", ["chat"]), ("recurrent-gemma chat --gr", ["--greedy"])):
+        asked = {"_RECURRENT_GEMMA_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+        done = subprocess.run([program], env={**os.environ, **asked}, capture_output=True, text=True, timeout=120)
+        assert done.stdout.split() == completions
+
+
+def test_other_libraries_write_nothing(checkpoint):
+    """torchao and bitsandbytes, where they are installed, warn when Transformers and PEFT import them."""
+    program = Path(sys.executable).with_name("recurrent-gemma")
+    for arguments in (["generate", "Once", "--model", checkpoint, *GREEDY], ["memory", "--tokens", "9"]):
+        done = subprocess.run([program, *arguments], capture_output=True, text=True, timeout=120, check=True)
+        assert [line for line in done.stderr.splitlines() if not line.startswith("recurrent-gemma: ")] == []
 
 
 def test_a_chat_on_a_terminal(checkpoint):

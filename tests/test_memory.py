@@ -101,6 +101,10 @@ def test_the_command():
     table = run_command("memory", "--tokens", 100, env={"COLUMNS": "80"}).stdout
     assert all(table.count(f" {strategy} ") == 2 for strategy in STRATEGIES)
     assert "in MB" in table
+    for devices in (1, 8):  # no head and no number is cut off
+        wide = run_command("memory", "--model", "recurrentgemma-9b", "--devices", devices, env={"COLUMNS": "80"}).stdout
+        assert "…" not in wide
+        assert all(len(line.rstrip()) <= 80 for line in wide.splitlines())
     assert "1 x 100 tokens" in table
     failed = run_command("memory", "--strategy", "lisa")
     assert failed.exit_code == 2

@@ -6,13 +6,18 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import openai
 import psutil
 import pytest
+import torch
 from conftest import MESSAGES, Oracle, free_port, http_server
+from peft import LoraConfig, get_peft_model
 from transformers import AutoTokenizer
+
+from recurrent_gemma_hf import RecurrentGemmaForCausalLM
 
 COMMANDS = Path(sys.executable).parent
 # The tokens of an answer; the demo's generation_config.json samples.
@@ -21,19 +26,16 @@ GREEDY = '{"do_sample": false, "max_new_tokens": 16, "min_new_tokens": 16, "eos_
 
 @pytest.fixture(scope="module")
 def server(chat_demo: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with serving(chat_demo, tmp_path_factory.mktemp("log")) as address:
+        yield address
+
+
+@contextmanager
+def serving(model: Path, log: Path) -> Iterator[str]:
+    """`recurrent-gemma serve` of a folder, on a port of its own."""
     port = free_port()
-    command = [
-        COMMANDS / "recurrent-gemma",
-        "serve",
-        chat_demo,
-        "--port",
-        port,
-        "--device",
-        "cpu",
-        "--dtype",
-        "float32",
-    ]
-    with http_server(command, tmp_path_factory.mktemp("log") / "server.log", port) as address:
+    options = ["--port", port, "--device", "cpu", "--dtype", "float32"]
+    with http_server([COMMANDS / "recurrent-gemma", "serve", model, *options], log / "server.log", port) as address:
         yield address
 
 
@@ -68,6 +70,24 @@ def test_transformers_chat(server: str, chat_demo: Path, demo_oracle: Oracle, tm
     words = re.findall(r"\w+", expected)
     assert len(words) > 3
     assert re.search(r"\W+".join(words[:-1]), done.stdout), f"not {expected!r} in {done.stdout!r}"
+
+
+def test_an_adapter(chat_demo: Path, check_text, tmp_path: Path):
+    base = RecurrentGemmaForCausalLM.from_pretrained(chat_demo, dtype=torch.float32)
+    settings = LoraConfig(r=8, target_modules="all-linear", init_lora_weights=False, task_type="CAUSAL_LM")
+    model = get_peft_model(base, settings)
+    folder = tmp_path / "adapter"
+    model.save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(chat_demo)
+    tokenizer.save_pretrained(folder)
+    with serving(folder, tmp_path) as address:
+        client = openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0, timeout=300)
+        options = {"model": "adapter", "prompt": "ROMEO:", "extra_body": {"generation_config": GREEDY}}
+        text = client.completions.create(**options).choices[0].text
+    prompt = tokenizer("ROMEO:")["input_ids"]
+    assert text == tokenizer.decode(Oracle(model).continuation(prompt, 16), skip_special_tokens=True)
+    with pytest.raises(AssertionError):  # the adapter changes the text
+        check_text(prompt, text, tokens=16)
 
 
 def test_no_other_model_and_no_bad_argument(client: openai.OpenAI, demo: str, chat_demo: Path, check_text):

@@ -7,6 +7,7 @@ Every error of the user's input is one line on stderr, with the remedy, and exit
 
 from __future__ import annotations
 
+import logging
 from importlib.metadata import version
 from typing import Annotated
 
@@ -21,12 +22,17 @@ from .run import run
 from .serve import serve
 from .shared import PASSED_ON, Problem, note
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 for command in (generate, chat, info, memory, doctor):
     app.command()(command)
 app.command(context_settings=PASSED_ON, add_help_option=False)(run)
 app.command(context_settings=PASSED_ON, add_help_option=False)(serve)
 app.add_typer(evaluation_app, name="eval")
+
+
+# Transformers and PEFT import torchao and bitsandbytes where they are installed, which then warn of kernels that were
+# built for other devices; torch warns of torchao's enumerations.
+_TALKATIVE = ("torchao", "bitsandbytes", "torch.utils._pytree")
 
 
 def _show_version(wanted: bool) -> None:
@@ -38,7 +44,10 @@ def _show_version(wanted: bool) -> None:
 @app.callback()
 def _options(
     show_version: Annotated[
-        bool, typer.Option("--version", help="Print the version and stop.", callback=_show_version, is_eager=True)
+        bool,
+        typer.Option(
+            "--version", help="Print the version and stop.", callback=_show_version, is_eager=True, metavar=""
+        ),
     ] = False,
 ) -> None:
     """RecurrentGemma, Griffin and Hawk on Hugging Face Transformers."""
@@ -46,6 +55,8 @@ def _options(
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the `recurrent-gemma` command with the given arguments, by default those of the process."""
+    for name in _TALKATIVE:
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         app(arguments)
     except Problem as problem:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .shared import DeviceOption, DtypeOption, ModelOption, Problem, load, note, reported
+from .shared import DeviceOption, DtypeOption, ModelOption, Problem, flag, load, note, reported
 
 if TYPE_CHECKING:
     from .conversation import Conversation
@@ -19,8 +19,8 @@ TemperatureOption = Annotated[float | None, typer.Option(help="Temperature: abov
 TopKOption = Annotated[int | None, typer.Option(help="Sample from the K likeliest tokens; 0 for all.")]
 TopPOption = Annotated[float | None, typer.Option(help="Sample from the likeliest tokens of total probability P.")]
 SeedOption = Annotated[int | None, typer.Option(help="Sampling seed: the same seed gives the same text.")]
-GreedyOption = Annotated[bool, typer.Option("--greedy", help="Always take the likeliest token.")]
-RawOption = Annotated[bool, typer.Option("--raw", help="Continue the text as it is: no chat template.")]
+GreedyOption = Annotated[bool, flag("--greedy", "Always take the likeliest token.")]
+RawOption = Annotated[bool, flag("--raw", "Continue the text as it is: no chat template.")]
 
 CHAT_HELP = "/reset starts anew, /save FILE and /load FILE keep and restore the conversation, /quit ends."
 

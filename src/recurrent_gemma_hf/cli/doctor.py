@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .info import backends_by_device
-from .shared import harmless, note, print_table
+from .shared import flag, harmless, note, print_table
 
 if TYPE_CHECKING:
     import torch
@@ -35,7 +35,7 @@ T, CHUNK = 50, 30  # tokens of the check: three windows, prefilled in two parts
 
 
 def doctor(
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object: paste it into a bug report.")] = False,
+    as_json: Annotated[bool, flag("--json", "Print one JSON object: paste it into a bug report.")] = False,
 ) -> None:
     """Show versions, devices and backends, and check scan, block, cache and generate() against a loop over time on
     every device. Exit status 1 if a check fails. Needs no network and no checkpoint."""

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .shared import DEMO, PASSED_ON, DeviceOption, DtypeOption, ModelOption, Problem, load, print_table, reported
+from .shared import DEMO, PASSED_ON, DeviceOption, DtypeOption, ModelOption, Problem, flag, load, print_table, reported
 
 app = typer.Typer(
     help="Measure a model: loss against position, retrieval, throughput, tasks of lm-eval.", no_args_is_help=True
@@ -131,7 +131,7 @@ def throughput(
     tokens: Annotated[int, typer.Option(help="Tokens to generate.")] = 32_768,
     every: Annotated[int, typer.Option(help="Tokens per measurement.")] = 1024,
     batch_size: Annotated[int, typer.Option(help="Rows of the batch.")] = 1,
-    alone: Annotated[bool, typer.Option("--alone", help="Leave out the transformer of equal size.")] = False,
+    alone: Annotated[bool, flag("--alone", "Leave out the transformer of equal size.")] = False,
     output: OutputOption = None,
     figure: FigureOption = None,
     dtype: DtypeOption = "auto",

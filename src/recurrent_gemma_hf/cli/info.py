@@ -15,6 +15,7 @@ from .shared import (
     DeviceOption,
     DtypeOption,
     find_config,
+    flag,
     pick_device,
     pick_dtype,
     print_table,
@@ -31,7 +32,7 @@ COMPARED_LENGTHS = (8 * 1024, 128 * 1024)
 
 def info(
     model: ConfigOption = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")] = False,
+    as_json: Annotated[bool, flag("--json", "Print one JSON object instead of a table.")] = False,
     dtype: DtypeOption = "auto",
     device: DeviceOption = None,
 ) -> None:

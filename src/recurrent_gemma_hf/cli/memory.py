@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .shared import DEMO, ConfigOption, Problem, find_config, note, print_table, reported
+from .shared import DEMO, ConfigOption, Problem, find_config, flag, note, print_table, reported
 
 
 def memory(
@@ -20,7 +20,7 @@ def memory(
     batch_size: Annotated[int, typer.Option(help="Rows per device.")] = 1,
     devices: Annotated[int, typer.Option(help="Devices over which FSDP shards the weights.")] = 1,
     rank: Annotated[int, typer.Option(help="Rank of the adapters.")] = 16,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per line instead of a table.")] = False,
+    as_json: Annotated[bool, flag("--json", "Print one JSON object per line instead of a table.")] = False,
 ) -> None:
     """Compute the memory per device of an AdamW training step, without and with activation checkpointing."""
     from ..memory import STRATEGIES, training_memory
@@ -63,7 +63,9 @@ def _print_rows(title: str, rows: list[dict[str, Any]]) -> None:
     caption = "Not all of it exists at a time: the peak is less than the sum. " + "; ".join(
         f"{strategy}: {STRATEGIES[strategy].explanation}" for strategy in dict.fromkeys(row["strategy"] for row in rows)
     )
-    columns: list[str | Column] = ["strategy", "checkpointing", *(Column(part, justify="right") for part in parts)]
-    # Fits 80 columns: the unit is in the title only, and columns have no separators.
-    style = {"box": SIMPLE_HEAD, "padding": (0, 1, 0, 0), "pad_edge": False}
+    heads = {"activations": "acti-\nvations"}
+    columns: list[str | Column] = ["strategy", "check-\npointing"]
+    columns += [Column(heads.get(part, part), justify="right") for part in parts]
+    # Fits 80 columns: the unit is in the title only, and long heads have two lines.
+    style = {"box": SIMPLE_HEAD, "padding": 0}
     print_table(f"{title}, in {unit}", columns, cells, caption, **style)

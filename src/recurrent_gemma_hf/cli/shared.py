@@ -5,9 +5,11 @@ Slow imports (torch, Transformers, rich) are made where they are used, so that `
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 
 DTYPES = ("auto", "float32", "bfloat16")
 DEMO = "the bundled demo"
+ADAPTER_CONFIG = "adapter_config.json"  # PEFT's name
 # For commands that pass all their arguments on, --help included.
 PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
@@ -36,6 +39,11 @@ DtypeOption = Annotated[
     str, typer.Option(help="auto, float32 or bfloat16. auto: the checkpoint's, or float32 where bfloat16 is emulated.")
 ]
 DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps, ...; the accelerator by default.")]
+
+
+def flag(name: str, help_text: str) -> Any:
+    """Return an option without a value; with typer's own default for `metavar`, help would show one (<bool>)."""
+    return typer.Option(name, help=help_text, metavar="")
 
 
 class Problem(Exception):
@@ -98,7 +106,7 @@ def locate(model: str | None) -> str:
         return demo_checkpoint()
     path = Path(model).expanduser()
     if path.is_dir():
-        if not (path / "config.json").is_file():
+        if not any((path / name).is_file() for name in ("config.json", ADAPTER_CONFIG)):
             raise Problem(f"{model} has no config.json; give the folder that save_pretrained or a download wrote")
         return str(path)
     if path.is_file():
@@ -110,6 +118,22 @@ def locate(model: str | None) -> str:
     return model
 
 
+def adapter_base(location: str) -> str | None:
+    """Return the checkpoint that a folder's or Hub repository's PEFT adapter was made for; None: it is no adapter."""
+    from transformers.utils import find_adapter_config_file
+
+    with reported(OSError, ValueError, as_=f"cannot read {ADAPTER_CONFIG} of {location}: {{}}"):
+        found = find_adapter_config_file(location)
+        if found is None:
+            return None
+        base = json.loads(Path(found).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not base:
+        raise Problem(f"{found} names no base_model_name_or_path; write the folder or the Hub id of its model there")
+    if find_spec("peft") is None:
+        raise Problem(f"{location} is an adapter, which needs peft: pip install 'recurrent-gemma-hf[train]'")
+    return base
+
+
 def find_config(model: str | None) -> RecurrentGemmaConfig:
     """Return the config of a preset or of a checkpoint, without reading its weights."""
     from .. import PRESETS, RecurrentGemmaConfig
@@ -118,16 +142,23 @@ def find_config(model: str | None) -> RecurrentGemmaConfig:
 
 
 def read_config(location: str) -> RecurrentGemmaConfig:
-    """Return the config of a folder or a Hub id."""
+    """Return the config of a folder or a Hub id; for an adapter, that of the checkpoint under it."""
     from transformers import AutoConfig
 
     from .. import RecurrentGemmaConfig
 
+    location = adapter_base(location) or location
     with reported(OSError, ValueError, as_=f"cannot read the config of {location}: {{}}"):
         config = AutoConfig.from_pretrained(location)
     if not isinstance(config, RecurrentGemmaConfig):
         raise Problem(f"{location} is a {config.model_type} checkpoint; give one of type recurrent_gemma")
     return config
+
+
+def _tokenizer_folder(location: str) -> str:
+    """Return `location`, or for an adapter's folder without a tokenizer the checkpoint under the adapter."""
+    has_none = Path(location).is_dir() and not (Path(location) / "tokenizer_config.json").is_file()
+    return (has_none and adapter_base(location)) or location
 
 
 def load(
@@ -145,7 +176,7 @@ def load(
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     with reported(OSError, ValueError, RuntimeError, SafetensorError, as_=f"cannot load {location}: {{}}"):
-        tokenizer = AutoTokenizer.from_pretrained(location)
+        tokenizer = AutoTokenizer.from_pretrained(_tokenizer_folder(location))
         loaded = AutoModelForCausalLM.from_pretrained(location, device_map=str(chosen_device), **chosen_dtype)
     # AutoTokenizer makes an empty tokenizer if the files are missing.
     if tokenizer("a", add_special_tokens=False)["input_ids"] in ([], [tokenizer.unk_token_id]):

@@ -1,6 +1,6 @@
 """The `recurrent-gemma` command: `generate` writes text, `chat` holds a conversation, `serve` serves over HTTP, `info`
-describes a model without loading it, `memory` computes what training needs, `doctor` checks the installation, `eval`
-measures, `run` starts a program.
+describes a model without loading it, `memory` computes what training needs, `doctor` checks the installation, `convert`
+converts checkpoints of the official code, `eval` measures, `run` starts a program.
 
 Every error of the user's input is one line on stderr, with the remedy, and exit status 2.
 """
@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from .chat import chat, generate
+from .convert import app as conversion_app
 from .doctor import doctor
 from .evaluate import app as evaluation_app
 from .info import info
@@ -26,6 +27,7 @@ for command in (generate, chat, info, memory, doctor):
     app.command()(command)
 app.command(context_settings=PASSED_ON, add_help_option=False)(run)
 app.command(context_settings=PASSED_ON, add_help_option=False)(serve)
+app.add_typer(conversion_app, name="convert")
 app.add_typer(evaluation_app, name="eval")
 
 

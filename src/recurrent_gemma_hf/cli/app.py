@@ -7,10 +7,12 @@ Every error of the user's input is one line on stderr, with the remedy, and exit
 
 from __future__ import annotations
 
-from importlib.metadata import version
 from typing import Annotated
 
 import typer
+
+# Not the metadata of an installation, which in a clone can be older than the code.
+from recurrent_gemma_hf import __version__
 
 from .chat import chat, generate
 from .convert import app as conversion_app
@@ -33,7 +35,7 @@ app.add_typer(evaluation_app, name="eval")
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"recurrent-gemma-hf {version('recurrent-gemma-hf')}")
+        typer.echo(f"recurrent-gemma-hf {__version__}")
         raise typer.Exit
 
 

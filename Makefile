@@ -39,8 +39,9 @@ test-newest: $(NEWEST)/installed-test
 	$(NEWEST)/bin/python $(PYTEST)
 
 # The oldest environment holds the built wheel rather than a link to src/: what users install is what is tested. Kernels
-# and benchmarks, the slowest tests, do not depend on the version of Transformers and run on the newest alone.
-SAME_ON_EVERY_TRANSFORMERS := scan backend kernels compiled_kernels benchmarks
+# and benchmarks, the slowest tests, and what is in the wheel do not depend on the version of Transformers and run on the
+# newest alone.
+SAME_ON_EVERY_TRANSFORMERS := scan backend kernels compiled_kernels benchmarks package
 test-oldest: $(OLDEST)/installed-wheel
 	$(OLDEST)/bin/python $(PYTEST) $(SAME_ON_EVERY_TRANSFORMERS:%=--ignore tests/test_%.py)
 
@@ -93,7 +94,7 @@ $(OLDEST)/installed-test: pyproject.toml constraints-oldest.txt
 	@$(OLDEST)/bin/python $(PIP) install --constraint constraints-oldest.txt ".[test]"
 	@touch $@
 
-$(OLDEST)/installed-wheel: $(OLDEST)/installed-test README.md LICENSE $(SOURCES)
+$(OLDEST)/installed-wheel: $(OLDEST)/installed-test README.md LICENSE $(wildcard model_cards/*) $(SOURCES)
 	@$(OLDEST)/bin/python $(PIP) install --force-reinstall --no-deps .
 	@touch $@
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from peers import recorded
 
-CONVERSION = Path(__file__).parents[1] / "conversion"
+SCRIPTS = Path(__file__).parents[1] / "conversion"
 COLUMNS = [
     *("what", "GB", "seconds", "cp seconds", "share of cp"),
     *("peak GB beyond imports", "without mapped files", "imports GB"),
@@ -79,13 +79,13 @@ def watch():
         anonymous[0] = max(anonymous[0], status("RssAnon"))
         time.sleep(0.02)
 threading.Thread(target=watch, daemon=True).start()
-sys.path.insert(0, sys.argv[1])
-del sys.argv[:2]
+del sys.argv[:1]
 try:
     if sys.argv:
         runpy.run_path(sys.argv[0], run_name="__main__")
     else:
-        import convert, ml_dtypes, tensorstore
+        import filelock, ml_dtypes, tensorstore
+        import recurrent_gemma_hf.conversion.convert
         time.sleep(0.1)
 finally:
     print("peak kB:", status("VmHWM"), *anonymous)
@@ -101,7 +101,7 @@ def run(code: str, *arguments: object) -> str:
 
 def peak_gb(*arguments: object) -> list[float]:
     """Run a conversion script (none: imports only); return its peak memory, with and without mapped files."""
-    return [int(kb) * 1024 / 1e9 for kb in run(PEAK, CONVERSION, *arguments).split()[-2:]]
+    return [int(kb) * 1024 / 1e9 for kb in run(PEAK, *arguments).split()[-2:]]
 
 
 def files(path: Path) -> list[Path]:
@@ -130,7 +130,7 @@ def measure(what: str, script: str, source: Path, target: Path, imports: list[fl
     copy = source.with_name("copy")
     copying, _ = timed(source, lambda: subprocess.run(["cp", "-r", source, copy], check=True))
     shutil.rmtree(copy) if copy.is_dir() else copy.unlink()
-    arguments = [CONVERSION / f"{script}.py", source, target, *options]
+    arguments = [SCRIPTS / f"{script}.py", source, target, *options]
     seconds, peak = timed(source, lambda: peak_gb(*arguments))
     return {
         "what": what,

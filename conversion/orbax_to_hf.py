@@ -1,6 +1,6 @@
 """Convert an Orbax checkpoint of the official JAX code to a folder that from_pretrained loads."""
 
-from convert import main, official_to_hf
+from recurrent_gemma_hf.conversion.convert import main, official_to_hf
 
 if __name__ == "__main__":
     main(official_to_hf, "jax", __doc__)

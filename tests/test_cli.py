@@ -629,7 +629,9 @@ print({"numpy", "torch", "transformers"} & set(sys.modules))
 """
 
 
-@pytest.mark.parametrize("arguments", [("--version",), ("--help",), ("chat", "--help"), ("eval", "--help")])
+@pytest.mark.parametrize(
+    "arguments", [("--version",), ("--help",), ("chat", "--help"), ("convert", "--help"), ("eval", "--help")]
+)
 def test_help_and_version_import_nothing_slow(arguments):
     command = [sys.executable, "-c", LIGHT, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)

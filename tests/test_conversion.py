@@ -1,4 +1,4 @@
-"""conversion/: checkpoints of the official code become ours and come back bit by bit, and bad input is refused.
+"""The converter: checkpoints of the official code become ours and come back bit by bit, and bad input is refused.
 
 The checkpoints are the official models' parameters, saved by Orbax as Google does and by torch.save. Each array is
 drawn at random for itself: no two of the same shape could be exchanged unseen.
@@ -23,6 +23,9 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from recurrent_gemma_hf import RecurrentGemmaConfig, RecurrentGemmaForCausalLM
+from recurrent_gemma_hf.conversion import checks, convert, mapping, sources, targets, upload, verification
+from recurrent_gemma_hf.conversion.checks import Claims, ConversionError
+from recurrent_gemma_hf.conversion.convert import Options, hf_to_official, official_to_hf
 from tests import oracles  # skips this file where the official code is not installed
 from tests.helpers import VARIANTS, build, tiny_config
 from tests.test_conversion_tokenizer import train
@@ -31,19 +34,7 @@ from tests.test_upload import REPO, TOKEN, running_hub
 ocp = pytest.importorskip("orbax.checkpoint", reason="install this package with its `test` extra")
 tensorstore = pytest.importorskip("tensorstore", reason="install this package with its `test` extra")
 
-CONVERSION = Path(__file__).parents[1] / "conversion"
-sys.path.insert(0, str(CONVERSION))  # the folder is no package: its scripts run from a clone
-
-import checks  # noqa: E402
-import convert  # noqa: E402
-import mapping  # noqa: E402
-import sources  # noqa: E402
-import targets  # noqa: E402
-import upload  # noqa: E402
-import verification  # noqa: E402
-from checks import Claims, ConversionError  # noqa: E402
-from convert import Options, hf_to_official, official_to_hf  # noqa: E402
-
+SCRIPTS = Path(__file__).parents[1] / "conversion"
 jax = oracles.jax
 
 SHAPES = ("recurrentgemma", "wide_lru", "hawk", "attention_first")
@@ -480,8 +471,18 @@ def test_a_wrong_preset_is_refused_field_by_field(tmp_path, config, pt):
     lines = str(error.value).splitlines()
     assert "  hidden_size: the arrays say 48, preset recurrentgemma-2b says 2560" in lines
     assert "  lru_width: the arrays say 80, preset recurrentgemma-2b says 2560" in lines
-    assert any(line.startswith("  layers_block_type: the arrays say ['recurrent',") for line in lines)
-    assert not any("vocab_size" in line for line in lines)
+    assert "  num_hidden_layers: the arrays say 3, preset recurrentgemma-2b says 26" in lines
+    assert not any("vocab_size" in line or "layers_block_type" in line for line in lines), "the three layers agree"
+
+
+def test_of_the_layers_the_first_that_differs_is_named(tmp_path):
+    """Of attention and recurrent blocks in turn, four layers, two differ from the first of Hawk's 32 layers."""
+    pt = save_official("torch", tmp_path, tiny_config("attention_first"), "float32")
+    with pytest.raises(ConversionError) as error:
+        official_to_hf("torch", pt, tmp_path / "hf", Options(Claims(preset="hawk-paper-7b")))
+    assert [line.strip() for line in str(error.value).splitlines() if "block_type" in line] == [
+        "layers_block_type[0], the first of 2: the arrays say 'attention', preset hawk-paper-7b says 'recurrent'"
+    ]
 
 
 def test_what_arrays_cannot_say_has_to_be_said(tmp_path, config, pt):
@@ -753,7 +754,7 @@ def test_an_interruption_leaves_nothing_and_a_rerun_starts_clean(tmp_path, confi
 
 
 def run_script(name: str, *arguments, **environment: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, CONVERSION / f"{name}.py", *map(str, arguments)]
+    command = [sys.executable, SCRIPTS / f"{name}.py", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment})
 
 

@@ -28,7 +28,7 @@ from tests.test_conversion import (
     sources,
 )
 
-CONVERSION = Path(__file__).parents[1] / "conversion"
+SCRIPTS = Path(__file__).parents[1] / "conversion"
 CONFIG = byte_config(num_hidden_layers=3)
 OPTIONS = ["--attention-window-size", "8", "--logits-soft-cap", "30", "--scale-embeddings"]
 
@@ -202,7 +202,7 @@ def test_a_safetensors_header_of_any_length(copied, tmp_path):
 
 
 def command(checkpoint: Path, output: Path) -> list[str]:
-    return [sys.executable, str(CONVERSION / "torch_to_hf.py"), str(checkpoint), str(output), *OPTIONS]
+    return [sys.executable, str(SCRIPTS / "torch_to_hf.py"), str(checkpoint), str(output), *OPTIONS]
 
 
 def test_two_runs_into_one_output(checkpoints, tmp_path, monkeypatch):
@@ -227,12 +227,11 @@ def test_two_runs_into_one_output(checkpoints, tmp_path, monkeypatch):
 # imported, must not be forked.
 FORKS = """
 import os, sys
-sys.path.insert(0, sys.argv[1])
-import convert
+from recurrent_gemma_hf.conversion import convert
 for _ in sys.stdin:
     child = os.fork()
     if child == 0:
-        convert.main(convert.official_to_hf, "torch", "", sys.argv[2:])
+        convert.main(convert.official_to_hf, "torch", "", sys.argv[1:])
         os._exit(0)
     print(child, flush=True)
     print(os.waitpid(child, 0)[1], flush=True)
@@ -244,7 +243,7 @@ def test_a_run_that_is_killed_leaves_nothing_that_loads_and_nothing_in_the_way(c
     draw, output, whole, killed = random.Random(0), tmp_path / "out", tmp_path / "whole", 0
     assert run(official_to_hf, "torch", checkpoints["torch"], whole, *OPTIONS) == ""
     expected = load_file(whole / "model.safetensors")
-    arguments = [sys.executable, "-c", FORKS, CONVERSION, checkpoints["torch"], output, *OPTIONS]
+    arguments = [sys.executable, "-c", FORKS, checkpoints["torch"], output, *OPTIONS]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen([str(part) for part in arguments], **pipes) as forks:
         for _ in range(50):

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, GenerationConfig
 
-import conversion.tokenizer
 import recurrent_gemma_hf  # noqa: F401 (registers the model type that AutoTokenizer finds in config.json)
-from conversion.tokenizer import HARD_TEXTS, check_tokenizer, read_sentencepiece, write_tokenizer
+from recurrent_gemma_hf.conversion import tokenizer as converter
+from recurrent_gemma_hf.conversion.tokenizer import HARD_TEXTS, check_tokenizer, read_sentencepiece, write_tokenizer
 
 CONTROL = {"pad_id": 0, "eos_id": 1, "bos_id": 2, "unk_id": 3}
 NAMES = {"pad_piece": "<pad>", "eos_piece": "<eos>", "bos_piece": "<bos>", "unk_piece": "<unk>"}
@@ -200,9 +200,9 @@ def test_a_base_model_has_no_chat_template_and_stops_at_eos(tokenizer_model: Pat
 
 def test_a_wrong_conversion_is_noticed(tokenizer_model: Path, tmp_path: Path, monkeypatch):
     """The negative control: with the merges in the wrong order, or the first of them lost, the comparison must fail."""
-    in_order = list(conversion.tokenizer._merges(read_sentencepiece(tokenizer_model)))
+    in_order = list(converter._merges(read_sentencepiece(tokenizer_model)))
     for number, merges in enumerate([in_order[::-1], in_order[1:]]):
-        monkeypatch.setattr(conversion.tokenizer, "_merges", lambda _model, merges=merges: merges)
+        monkeypatch.setattr(converter, "_merges", lambda _model, merges=merges: merges)
         with pytest.raises(ValueError, match=r"differs from SentencePiece on \d+ of \d+ texts"):
             write_tokenizer(tokenizer_model, checkpoint_folder(tmp_path / str(number)), instruction_tuned=False)
 

@@ -9,9 +9,9 @@ import safetensors.torch
 import torch
 from huggingface_hub import ModelCard, ModelCardData
 
-from conversion.cards import CARDS, MARK, PUBLISHED, published_name, write_card
-from conversion.tokenizer import write_tokenizer
 from recurrent_gemma_hf import RecurrentGemmaConfig, RecurrentGemmaForCausalLM
+from recurrent_gemma_hf.conversion.cards import CARDS, MARK, PUBLISHED, published_name, write_card
+from recurrent_gemma_hf.conversion.tokenizer import write_tokenizer
 from tests.helpers import byte_config
 from tests.test_conversion_tokenizer import GEMMA, train
 
@@ -125,6 +125,8 @@ def test_a_converted_model_gets_its_card(checkpoint: Path):
         "| Blocks | 4: 3 recurrent, 1 attention |",
         "| Width | 32; RG-LRU 40 |",
         "| Local attention | a token sees itself and the 8 tokens before it |",
+        "| Embeddings | scaled by the square root of the width |",
+        "| Logits | soft-capped at 30 |",
     ):
         assert row in card.text
     assert MARK not in card.text
@@ -157,6 +159,7 @@ def test_hawk_has_no_attention_window(tmp_path: Path):
     text = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert "| Blocks | 32: 32 recurrent |" in text
     assert "| Local attention |" not in text
+    assert "| Embeddings | not scaled |\n| Logits | not capped |" in text
 
 
 @pytest.mark.parametrize(

@@ -20,13 +20,12 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
 REPO = "somebody/my-griffin"
 TOKEN = "hf_stand_in"
 PUSH = """
 import sys
 from pathlib import Path
-from conversion.upload import push
+from recurrent_gemma_hf.conversion.upload import push
 try:
     print(push(Path(sys.argv[1]), sys.argv[2], private=True))
 except Exception as error:
@@ -189,7 +188,7 @@ def push(folder: Path, hub_url: str, home: Path, repo: str = REPO, **environment
     kept |= dict.fromkeys(("HF_HUB_DISABLE_XET", "HF_HUB_DISABLE_TELEMETRY", "HF_HUB_DISABLE_PROGRESS_BARS"), "1")
     kept |= dict.fromkeys(("NO_PROXY", "no_proxy"), "127.0.0.1")
     command = [sys.executable, "-c", PUSH, str(folder), repo]
-    return subprocess.run(command, cwd=ROOT, env={**kept, **environment}, capture_output=True, text=True, timeout=100)
+    return subprocess.run(command, env={**kept, **environment}, capture_output=True, text=True, timeout=100)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -1,6 +1,6 @@
 """The `recurrent-gemma` command: `generate` writes text, `chat` holds a conversation, `serve` serves over HTTP, `info`
-describes a model without loading it, `memory` computes what training needs, `doctor` checks the installation, `eval`
-measures, `run` starts a program.
+describes a model without loading it, `memory` computes what training needs, `doctor` checks the installation, `convert`
+converts checkpoints of the official code, `eval` measures, `run` starts a program.
 
 Every error of the user's input is one line on stderr, with the remedy, and exit status 2.
 """
@@ -8,12 +8,15 @@ Every error of the user's input is one line on stderr, with the remedy, and exit
 from __future__ import annotations
 
 import logging
-from importlib.metadata import version
 from typing import Annotated
 
 import typer
 
+# Not the metadata of an installation, which in a clone can be older than the code.
+from recurrent_gemma_hf import __version__
+
 from .chat import chat, generate
+from .convert import app as conversion_app
 from .doctor import doctor
 from .evaluate import app as evaluation_app
 from .info import info
@@ -27,8 +30,8 @@ for command in (generate, chat, info, memory, doctor):
     app.command()(command)
 app.command(context_settings=PASSED_ON, add_help_option=False)(run)
 app.command(context_settings=PASSED_ON, add_help_option=False)(serve)
+app.add_typer(conversion_app, name="convert")
 app.add_typer(evaluation_app, name="eval")
-
 
 # Transformers and PEFT import torchao and bitsandbytes where they are installed, which then warn of kernels that were
 # built for other devices; torch warns of torchao's enumerations.
@@ -37,7 +40,7 @@ _TALKATIVE = ("torchao", "bitsandbytes", "torch.utils._pytree")
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"recurrent-gemma-hf {version('recurrent-gemma-hf')}")
+        typer.echo(f"recurrent-gemma-hf {__version__}")
         raise typer.Exit
 
 

@@ -1,4 +1,4 @@
-"""Convert in both directions, and parse the command line shared by the four scripts."""
+"""Convert in both directions, and parse the command line of the four conversions."""
 
 import argparse
 import math
@@ -9,23 +9,24 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-import checks
-import mapping
 import torch
-from cards import published_name
-from checks import Claims, ConversionError
-from extras import check_extra_files, write_extra_files
-from mapping import Dialect, Row
-from sources import DTYPES, HfSource, OfficialSource, OrbaxSource, Source, TorchSource
-from targets import OrbaxFolder, Plan, SafetensorsFolder, Spec, Target, TorchFile, pieces, staged, total_bytes
 from tqdm import tqdm
-from upload import check_repository, push
-from verification import check_can_verify, verify_bits, verify_logits
 
-from recurrent_gemma_hf import PRESETS, RecurrentGemmaConfig
+from .. import PRESETS, RecurrentGemmaConfig
+from . import checks, mapping
+from .cards import published_name
+from .checks import Claims, ConversionError
+from .extras import check_extra_files, write_extra_files
+from .mapping import Dialect, Row
+from .sources import DTYPES, HfSource, OfficialSource, OrbaxSource, Source, TorchSource
+from .targets import OrbaxFolder, Plan, SafetensorsFolder, Spec, Target, TorchFile, pieces, staged, total_bytes
+from .upload import check_repository, push
+from .verification import check_can_verify, verify_bits, verify_logits
 
 _SOURCES: dict[Dialect, Callable[[Path], OfficialSource]] = {"jax": OrbaxSource, "torch": TorchSource}
 _TARGETS: dict[Dialect, Callable[[Path, Plan], Target]] = {"jax": OrbaxFolder, "torch": TorchFile}
+
+Direction = Callable[[Dialect, Path, Path, "Options"], RecurrentGemmaConfig]
 
 _SHOWN = 4000  # characters of an error: names in a damaged file can be of any length
 
@@ -48,6 +49,8 @@ def official_to_hf(dialect: Dialect, checkpoint: Path, output: Path, options: Op
         _warn_of_no_checksums(checkpoint, "an Orbax checkpoint")
     config = checks.infer_config(source.shapes, dialect, options.claims)
     check_extra_files(checkpoint, options.tokenizer, config.vocab_size)
+    if options.tokenizer is None:
+        _note(f"without --tokenizer {output} gets no tokenizer, which the code in its README.md needs")
     if options.push_to_hub is not None:
         check_repository(options.push_to_hub)
     rows = mapping.table(config, dialect)
@@ -73,7 +76,7 @@ def _push(output: Path, repo_id: str) -> None:
     try:
         print(f"pushed: {push(output, repo_id)}")
     except (ValueError, OSError) as error:
-        resume = f"python conversion/upload.py {output} {repo_id}"
+        resume = f"recurrent-gemma convert upload {output} {repo_id}"
         raise ConversionError(f"{error}\n{output} is complete; push it with: {resume}") from error
 
 
@@ -121,11 +124,14 @@ def _readable(checkpoint: Path) -> Iterator[None]:
 
 def _warn_of_no_checksums(checkpoint: Path, kind: str) -> None:
     """Say that flipped bits in the weights would not be noticed."""
-    print(
-        f"note: {kind} has no checksums of its weights, so damage in {checkpoint} can go unnoticed; compare its files "
-        "with the hashes that their publisher gives",
-        file=sys.stderr,
+    _note(
+        f"{kind} has no checksums of its weights, so damage in {checkpoint} can go unnoticed; compare its files with "
+        "the hashes that their publisher gives"
     )
+
+
+def _note(message: str) -> None:
+    print(f"note: {message}", file=sys.stderr)
 
 
 def _official_shapes(rows: list[Row], ours: checks.Shapes) -> checks.Shapes:
@@ -186,9 +192,36 @@ def _verify(
 # --- the command line -------------------------------------------------------------------------------------------------
 
 
-def main(direction: Callable, dialect: Dialect, description: str, arguments: list[str] | None = None) -> None:
-    """Run one of the four scripts. `direction`: `official_to_hf` or `hf_to_official`."""
-    parser = _parser(description, with_tokenizer=direction is official_to_hf)
+def main(direction: Direction, dialect: Dialect, description: str, arguments: list[str] | None = None) -> None:
+    """Run one of the four scripts: `run`, with an error as one message."""
+    try:
+        run(direction, dialect, description, arguments)
+    except (ConversionError, ValueError, OSError) as error:  # also from the tokenizer, the disk and the Hub
+        sys.exit(f"error: {shown(error)}")
+
+
+def shown(error: Exception) -> str:
+    """Return the message of an error, cut off where it is endless."""
+    text = str(error)
+    return f"{text[:_SHOWN]}{'...' if len(text) > _SHOWN else ''}"
+
+
+def run(
+    direction: Direction,
+    dialect: Dialect,
+    description: str,
+    arguments: list[str] | None = None,
+    program: str | None = None,
+) -> None:
+    """Convert as the arguments say, by default those of the process.
+
+    `direction`: `official_to_hf` or `hf_to_official`. `program`: its name in `--help`, by default the script's.
+
+    Raises:
+        ValueError, OSError: whatever prevents the conversion.
+        SystemExit: after `--help`, after arguments that cannot be understood, and after Ctrl-C.
+    """
+    parser = _parser(description, with_tokenizer=direction is official_to_hf, program=program)
     given = parser.parse_args(arguments)
     options = Options(
         Claims(given.preset, given.attention_window_size, given.logits_soft_cap, given.scale_embeddings),
@@ -199,17 +232,14 @@ def main(direction: Callable, dialect: Dialect, description: str, arguments: lis
     )
     try:
         config = direction(dialect, given.checkpoint, given.output, options)
-    except (ConversionError, ValueError, OSError) as error:  # also from the tokenizer, the disk and the Hub
-        text = str(error)
-        sys.exit(f"error: {text[:_SHOWN]}{'...' if len(text) > _SHOWN else ''}")
     except KeyboardInterrupt:
         sys.exit(f"interrupted: nothing was left in {given.output.absolute().parent}")
     verified = ", verified" if given.verify else ""
     print(f"{given.output}: {config.num_hidden_layers} layers of width {config.hidden_size}{verified}")
 
 
-def _parser(description: str, with_tokenizer: bool) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=description)
+def _parser(description: str, with_tokenizer: bool, program: str | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=program, description=description)
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
     parser.add_argument("output", type=Path, metavar="OUTPUT")
     parser.add_argument("--preset", choices=PRESETS, help="the published architecture that it is (checked)")

@@ -7,15 +7,15 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, BinaryIO, NamedTuple, Protocol
+from typing import IO, Any, BinaryIO, NamedTuple, Protocol
 
 import numpy as np
 import torch
-from checks import ConversionError
-from filelock import FileLock, Timeout
-from mapping import SAME, Row
-from sources import WHOLE
 from torch import Tensor
+
+from .checks import ConversionError
+from .mapping import SAME, Row
+from .sources import WHOLE
 
 PIECE_BYTES = 64 * 2**20  # size of a piece of an array that is converted in several
 
@@ -98,6 +98,8 @@ def staged(output: Path, needed_bytes: int) -> Iterator[Path]:
     `output` exists and is not an empty folder, another process writes it, its parent does not exist, or the disk has
     too little space.
     """
+    from filelock import FileLock, Timeout
+
     output = output.absolute()
     if not output.parent.is_dir():
         raise ConversionError(f"{output.parent} does not exist: create it first")
@@ -144,7 +146,7 @@ def _remove(path: Path) -> None:
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy())
+    return tensor.contiguous().flatten().view(torch.uint8).numpy().data
 
 
 def to_numpy(tensor: Tensor) -> np.ndarray:
@@ -305,7 +307,7 @@ class OrbaxFolder:
     def __init__(self, folder: Path, plan: Plan):
         folder.mkdir()
         self._folder, self._plan, self._progress = folder, plan, _Progress(plan)
-        self._array = None  # currently being written
+        self._array: Any = None  # currently being written
         leaves = {}
         for name in plan:
             keys = ("params", *_tree_keys(name))
@@ -332,7 +334,7 @@ class OrbaxFolder:
         if ended:
             self._array = None
 
-    def _create(self, name: str):
+    def _create(self, name: str) -> Any:
         import tensorstore
 
         planned = self._plan[name]

@@ -2,17 +2,17 @@
 
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import psutil
 import torch
-from checks import ConversionError
-from mapping import Dialect, Row
-from sources import HfSource, OfficialSource, Source
-from targets import Plan, pieces
 from torch import Tensor, nn
 
-from recurrent_gemma_hf import RecurrentGemmaConfig, RecurrentGemmaForCausalLM
+from .. import RecurrentGemmaConfig, RecurrentGemmaForCausalLM
+from .checks import ConversionError
+from .mapping import Dialect, Row
+from .sources import HfSource, OfficialSource, Source
+from .targets import Plan, pieces
 
 TOKENS_BT = (2, 24)
 # Relative to the largest logit. Correctly converted small models differ by at most 2e-5 (tests/test_conversion.py), and
@@ -25,7 +25,7 @@ BYTES_PER_PARAMETER: dict[Dialect, float] = {"jax": 6.0, "torch": 4.0}
 
 def verify_bits(official: OfficialSource, ours: Source, rows: list[Row], plan: Plan, dtype: torch.dtype | None) -> None:
     """Raise ConversionError unless both checkpoints have the same bits, after a cast to `dtype` if one is given."""
-    wrong = {}
+    wrong: dict[str, None] = {}
     for row, part in pieces(rows, plan):
         expected = official.read(row.official, part)
         found = row.layout.to_official(*(ours.read(name, part) for name in row.ours))
@@ -51,6 +51,8 @@ def check_can_verify(dialect: Dialect, parameters: int) -> None:
             f"--verify compares logits with the official code, which cannot be imported ({error}): "
             "pip install 'recurrentgemma[full]', or leave --verify out"
         ) from error
+    import psutil
+
     needed, free = BYTES_PER_PARAMETER[dialect] * parameters, psutil.virtual_memory().available
     if free < needed:
         raise ConversionError(
@@ -115,7 +117,7 @@ def _compute_in_float32(model: nn.Module, blocks: nn.ModuleList) -> None:
             parameter.data = parameter.data.float()
 
 
-def _official_config(config: RecurrentGemmaConfig):
+def _official_config(config: RecurrentGemmaConfig) -> Any:
     from recurrentgemma import common
 
     kinds = {"recurrent": common.TemporalBlockType.RECURRENT, "attention": common.TemporalBlockType.ATTENTION}

@@ -15,11 +15,12 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from checks import ConversionError
-from mapping import Dialect
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
+
+from .checks import ConversionError
+from .mapping import Dialect
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 WHOLE = slice(None)  # all rows of an array
@@ -146,7 +147,7 @@ class OrbaxSource:
             return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
         return torch.from_numpy(array)
 
-    def _open_in_parts(self, name: str):
+    def _open_in_parts(self, name: str) -> Any:
         """Open the array with a cache of decoded chunks, so that the next rows need no second decoding.
 
         Orbax stores an array, or a device's shard of it, as one compressed chunk, which must be decoded as a whole for

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-import cards
-from checks import ConversionError
+from . import cards
+from .checks import ConversionError
 
 
 def is_instruction_tuned(checkpoint: Path) -> bool:
@@ -17,7 +17,7 @@ def check_extra_files(checkpoint: Path, tokenizer: Path | None, vocab_size: int)
         return
     if not tokenizer.is_file():
         raise ConversionError(f"--tokenizer {tokenizer}: there is no such file; give the archive's tokenizer.model")
-    from tokenizer import check_tokenizer  # needs sentencepiece, which weights alone do not
+    from .tokenizer import check_tokenizer  # needs sentencepiece, which weights alone do not
 
     check_tokenizer(tokenizer, vocab_size, is_instruction_tuned(checkpoint))
 
@@ -28,7 +28,7 @@ def write_extra_files(folder: Path, checkpoint: Path, tokenizer: Path | None, pu
     `published`: the weights are Google's and get the card of that model; others get a card with gaps to fill.
     """
     if tokenizer is not None:
-        from tokenizer import write_tokenizer
+        from .tokenizer import write_tokenizer
 
         write_tokenizer(tokenizer, folder, is_instruction_tuned(checkpoint))
     cards.write_card(cards.published_name(checkpoint) if published else None, folder, converted_from=checkpoint.name)

@@ -11,9 +11,11 @@ from pathlib import Path
 from huggingface_hub import ModelCard
 from safetensors import safe_open
 
-from recurrent_gemma_hf import RecurrentGemmaConfig
+from .. import RecurrentGemmaConfig
 
-CARDS = Path(__file__).parents[1] / "model_cards"
+# The wheel has the cards beside this file, a clone at its top.
+_IN_WHEEL, _IN_CLONE = (Path(__file__).parents[i] / "model_cards" for i in (0, 3))
+CARDS = _IN_WHEEL if _IN_WHEEL.is_dir() else _IN_CLONE
 PUBLISHED = ("recurrentgemma-2b", "recurrentgemma-2b-it", "recurrentgemma-9b", "recurrentgemma-9b-it")
 MARK = "<!-- checkpoint -->"  # replaced by the section
 
@@ -111,6 +113,8 @@ def _checkpoint_section(
         "Blocks": f"{config.num_hidden_layers}: {kinds}",
         "Width": f"{config.hidden_size:,}; RG-LRU {config.lru_width:,}",
         "Vocabulary": f"{config.vocab_size:,}",
+        "Embeddings": "scaled by the square root of the width" if config.embeddings_scale_by_sqrt_dim else "not scaled",
+        "Logits": f"soft-capped at {config.logits_soft_cap:g}" if config.logits_soft_cap else "not capped",
     }
     if "attention" in blocks:
         rows["Local attention"] = f"a token sees itself and the {config.attention_window_size:,} tokens before it"

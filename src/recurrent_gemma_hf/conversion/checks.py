@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
 import torch
-from mapping import Dialect, Row
 
-from recurrent_gemma_hf import RecurrentGemmaConfig, RecurrentGemmaForCausalLM
+from .. import RecurrentGemmaConfig, RecurrentGemmaForCausalLM
+from .mapping import Dialect, Row
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -162,13 +162,23 @@ def _refuse_contradictions(config: RecurrentGemmaConfig, claims: Claims, who: st
     preset = {} if claims.preset is None else _preset(claims.preset)
     claimed = {**{field: value for field, value in preset.items() if field in _SHAPE_FIELDS}, **claims.stated()}
     wrong = [
-        f"{field}: {who} {getattr(config, field)!r}, "
-        f"{f'preset {claims.preset}' if field in preset else 'the option'} says {value!r}"
-        for field, value in claimed.items()
-        if getattr(config, field) != value
+        f"{place}: {who} {ours!r}, {f'preset {claims.preset}' if field in preset else 'the option'} says {value!r}"
+        for field, claim in claimed.items()
+        for place, ours, value in _difference(field, getattr(config, field), claim)
     ]
     if wrong:
         raise ConversionError("the checkpoint contradicts the options:\n  " + "\n  ".join(wrong))
+
+
+def _difference(field: str, ours: object, claim: object) -> list[tuple[str, object, object]]:
+    """Return [(place, ours, claim)] if a field differs, otherwise []. Of two lists, their first elements that differ.
+
+    That one list goes on after the end of the other is no difference: num_hidden_layers says it.
+    """
+    if not isinstance(ours, list) or not isinstance(claim, list):
+        return [] if ours == claim else [(field, ours, claim)]
+    differing = [i for i, (one, other) in enumerate(zip(ours, claim, strict=False)) if one != other]
+    return [(f"{field}[{i}], the first of {len(differing)}", ours[i], claim[i]) for i in differing[:1]]
 
 
 def check_official_can_express(config: RecurrentGemmaConfig, claims: Claims) -> None:

@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor, stack
 
-from recurrent_gemma_hf import RecurrentGemmaConfig
+from .. import RecurrentGemmaConfig
 
 Dialect = Literal["jax", "torch"]
 

@@ -31,6 +31,7 @@ from transformers.modeling_outputs import (
     TokenClassifierOutput,
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import find_adapter_config_file
 from transformers.utils.generic import can_return_tuple
 
 logger = logging.get_logger(__name__)
@@ -284,6 +285,7 @@ __all__ = [
     "TensorParallelLayer",
     "TokenClassifierOutput",
     "can_return_tuple",
+    "find_adapter_config_file",
     "one_cache",
     "release_problem",
     "transformers_command",

@@ -120,7 +120,7 @@ def locate(model: str | None) -> str:
 
 def adapter_base(location: str) -> str | None:
     """Return the checkpoint that a folder's or Hub repository's PEFT adapter was made for; None: it is no adapter."""
-    from transformers.utils import find_adapter_config_file
+    from ..transformers_compat import find_adapter_config_file
 
     with reported(OSError, ValueError, as_=f"cannot read {ADAPTER_CONFIG} of {location}: {{}}"):
         found = find_adapter_config_file(location)

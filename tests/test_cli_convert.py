@@ -112,7 +112,7 @@ def test_a_package_that_is_missing_is_named_with_the_extra(package, command, fol
     tokenizer_model.touch()
     source, options = (weights, ["--tokenizer", tokenizer_model, *CLAIMS]) if "torch-" in command else (folder, [])
     line = failure(command, source, tmp_path / "out", *options)
-    assert line == f'this needs {package}, which is not installed: pip install "recurrent-gemma-hf[convert]"'
+    assert line == f"this needs {package}, which is not installed: pip install 'recurrent-gemma-hf[convert]'"
     assert list(tmp_path.iterdir()) == [tokenizer_model]
 
 

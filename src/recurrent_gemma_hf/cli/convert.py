@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import typer
 
-from .shared import PASSED_ON, Problem
+from .shared import PASSED_ON, Problem, using_extra
 
 app = typer.Typer(
     help="Convert checkpoints of Google's official code to folders that from_pretrained loads, and back.",
@@ -27,14 +27,8 @@ def _reported() -> Iterator[None]:
     from ..conversion.convert import shown
 
     try:
-        yield
-    except ModuleNotFoundError as error:
-        package = __package__.partition(".")[0]
-        if (error.name or "").startswith(package):
-            raise
-        raise Problem(
-            f'this needs {error.name}, which is not installed: pip install "{package.replace("_", "-")}[convert]"'
-        ) from error
+        with using_extra("convert"):
+            yield
     except (ValueError, OSError) as error:
         # One line: a list under a colon becomes what it is in a sentence.
         raise Problem(re.sub(r"(?<!:)\n\s*", "; ", shown(error))) from error

@@ -10,7 +10,18 @@ from typing import Annotated, Any
 
 import typer
 
-from .shared import DEMO, PASSED_ON, DeviceOption, DtypeOption, ModelOption, Problem, flag, load, print_table, reported
+from .shared import (
+    DEMO,
+    PASSED_ON,
+    DeviceOption,
+    DtypeOption,
+    ModelOption,
+    flag,
+    load,
+    print_table,
+    reported,
+    using_extra,
+)
 
 app = typer.Typer(
     help="Measure a model: loss against position, retrieval, throughput, tasks of lm-eval.", no_args_is_help=True
@@ -23,15 +34,8 @@ FigureOption = Annotated[Path | None, typer.Option(help="Also draw a figure into
 def import_extra(module: str) -> Any:
     """Import a module of the evaluation folder that needs the extra `eval`; raise a Problem that names it if
     missing."""
-    package = __package__.partition(".")[0]
-    try:
-        return import_module(f"{package}.evaluation.{module}")
-    except ModuleNotFoundError as error:
-        if (error.name or "").startswith(package):
-            raise
-        raise Problem(
-            f"this needs {error.name}, which is not installed: pip install 'recurrent-gemma-hf[eval]'"
-        ) from error
+    with using_extra("eval"):
+        return import_module(f"{__package__.partition('.')[0]}.evaluation.{module}")
 
 
 def _numbers(text: str, option: str, kind: type = int) -> tuple[Any, ...]:

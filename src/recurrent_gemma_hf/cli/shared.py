@@ -64,6 +64,21 @@ def reported(*kinds: type[Exception], as_: str = "{}") -> Iterator[None]:
         raise Problem(as_.replace("{}", line)) from error
 
 
+@contextmanager
+def using_extra(name: str) -> Iterator[None]:
+    """Turn the error about a package that is not installed into a Problem that names it and its extra."""
+    package = __package__.partition(".")[0]
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith(package):
+            raise
+        distribution = package.replace("_", "-")
+        raise Problem(
+            f"this needs {error.name}, which is not installed: pip install '{distribution}[{name}]'"
+        ) from error
+
+
 # What a terminal obeys instead of showing: control characters other than tab and line feed, and marks that reverse the
 # direction of what follows. Shown as their code.
 _COMMANDS = [*range(9), *range(11, 32), *range(127, 160), 0x061C, 0x200E, 0x200F, *range(0x202A, 0x202F),

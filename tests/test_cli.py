@@ -598,6 +598,12 @@ def test_an_adapters_folder_is_a_model(checkpoint, adapter, monkeypatch, forward
     assert forwards
     assert json.loads(succeed("info", "--model", adapter, "--json").stdout)["hidden_size"] == 32
 
+    both = shutil.copytree(checkpoint, adapter.with_name("both"))  # the folder that the adapter names is not read
+    shutil.copytree(adapter, both, dirs_exist_ok=True)
+    change_config(both, pad_token_id=7)
+    assert shared.read_config(str(both)).pad_token_id == 7
+    assert shared.read_config(str(adapter)).pad_token_id != 7
+
     config = adapter / "adapter_config.json"
     written = config.read_text()
     config.write_text(json.dumps({**json.loads(written), "base_model_name_or_path": None}))

@@ -43,7 +43,7 @@ def _complete(location: str) -> Iterator[str]:
     """Yield the folder or Hub id to serve: for an adapter's folder, a temporary one of links to the files of the
     checkpoint under it and to its own, because Transformers' server reads config.json where the adapter is."""
     folder = Path(location)
-    if not folder.is_dir() or (folder / "config.json").is_file() or (base := adapter_base(location)) is None:
+    if not folder.is_dir() or (base := adapter_base(location)) is None:
         yield location
         return
     from huggingface_hub import snapshot_download

@@ -134,12 +134,13 @@ def locate(model: str | None) -> str:
 
 
 def adapter_base(location: str) -> str | None:
-    """Return the checkpoint that a folder's or Hub repository's PEFT adapter was made for; None: it is no adapter."""
+    """Return the checkpoint that a folder's or Hub repository's PEFT adapter was made for. None: it is no adapter, or a
+    folder of an adapter and its model, as from_pretrained takes one with a config.json."""
     from ..transformers_compat import find_adapter_config_file
 
     with reported(OSError, ValueError, as_=f"cannot read {ADAPTER_CONFIG} of {location}: {{}}"):
         found = find_adapter_config_file(location)
-        if found is None:
+        if found is None or (Path(location) / "config.json").is_file():
             return None
         base = json.loads(Path(found).read_text(encoding="utf-8")).get("base_model_name_or_path")
     if not base:
